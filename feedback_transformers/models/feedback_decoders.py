@@ -1,0 +1,14 @@
+"""DECODERS: y = g(h), [B, T, D] -> [B, T, D], before the head's own readout."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .feedback_layers import MLPStack, TransformerStack
+from .feedback_scan import RecurrentStack
+
+DECODERS: dict[str, type[nn.Module]] = {
+    "mlp": MLPStack,
+    "rnn": RecurrentStack,
+    "transformer": TransformerStack,
+}

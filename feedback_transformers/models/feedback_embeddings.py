@@ -1,0 +1,63 @@
+"""EMBEDDINGS: from a raw input to [B, T, D]. A new modality is a class here and a head of its own.
+
+Shapes: B batch, T positions, D hidden size, C channels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_feedback import FeedbackConfig
+
+
+class TokenEmbeddings(nn.Module):
+    """Token ids [B, T] -> [B, T, D], with learned positions where the backbone has no rotary ones."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = input_ids.min().item(), input_ids.max().item()
+            if low < 0 or high >= self.tokens.num_embeddings:
+                raise ValueError(
+                    f"input_ids go from {low} to {high} and the vocabulary has {self.tokens.num_embeddings} tokens: "
+                    "use the checkpoint's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
+                )
+        return self.tokens(input_ids)
+
+
+class PatchEmbeddings(nn.Module):
+    """Images [B, C, H, W] -> [B, T, D], a position per patch, row by row."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.shape = (config.num_channels, config.image_size, config.image_size)
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        if pixel_values.shape[1:] != self.shape:
+            raise ValueError(f"pixel_values are {tuple(pixel_values.shape[1:])}; this model takes {self.shape}.")
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class ValueEmbeddings(nn.Module):
+    """Series [B, T, C] -> [B, T, D], a position per time step."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.projection = nn.Linear(config.num_channels, config.hidden_size)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.projection(values)
+
+
+EMBEDDINGS: dict[str, type[nn.Module]] = {
+    "tokens": TokenEmbeddings,
+    "patches": PatchEmbeddings,
+    "values": ValueEmbeddings,
+}

@@ -1,0 +1,177 @@
+"""Stacks of layers [B, T, D] -> [B, T, D] that encoders, cells and decoders are made of.
+
+Shapes: B batch, T positions, D hidden size, P earlier positions in the cache.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+from .configuration_feedback import FeedbackConfig
+from .feedback_cache import Context, KeyValueSlots, MaskSizes
+
+ACT2FN.setdefault("rrelu", nn.RReLU)
+
+# model_type of the backbone -> prefix of its classes in transformers.models
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "olmo2": "Olmo2", "gpt2": "GPT2"}
+
+
+def borrowed(model_type: str, name: str) -> Any:
+    """The class or function `name` of a family in transformers."""
+    return getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
+
+
+class TransformerStack(nn.Module):
+    """Decoder layers of `config.backbone_config`, borrowed from transformers; nothing of attention is written here."""
+
+    def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
+        super().__init__()
+        self.backbone = backbone = config.backbone_config
+        self.causal = causal
+        family = FAMILIES[backbone.model_type]
+        layer = borrowed(backbone.model_type, "GPT2Block" if family == "GPT2" else f"{family}DecoderLayer")
+        self.layers = nn.ModuleList(layer(backbone, layer_idx=i) for i in range(num_layers))
+        self.rotary = None if family == "GPT2" else borrowed(backbone.model_type, f"{family}RotaryEmbedding")(backbone)
+        for module in self.modules():
+            if hasattr(module, "is_causal"):  # else sdpa turns causal wherever the mask is None
+                module.is_causal = causal
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        cache = None if context.cache is None else KeyValueSlots(context.cache, context.slot)
+        return self.states(x, context, cache)[-1]
+
+    def states(self, x: Tensor, context: Context, cache: KeyValueSlots | None) -> list[Tensor]:
+        """The input and the output of every layer, each [B, T, D]."""
+        if not self.layers:
+            return [x]
+        mask = self.attention_mask(x, context)
+        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
+        if self.rotary is not None:
+            arguments["position_ids"] = context.position_ids
+            arguments["position_embeddings"] = self.rotary(x, context.position_ids)
+        states = [x]
+        for layer in self.layers:
+            states.append(layer(states[-1], **arguments))
+        return states
+
+    def attention_mask(self, x: Tensor, context: Context) -> Tensor | None:
+        if not self.causal:
+            return create_bidirectional_mask(self.backbone, x, context.mask)
+        window = getattr(self.backbone, "sliding_window", None)
+        create = create_causal_mask if window is None else create_sliding_window_causal_mask
+        return create(self.backbone, x, context.key_mask, MaskSizes(context.offset))
+
+
+class MLPStack(nn.Module):
+    """Residual layers x + W_2 act(W_1 norm(x)), each position by itself."""
+
+    def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MLPLayer(config) for _ in range(num_layers))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class MLPLayer(nn.Module):
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.act = ACT2FN[config.hidden_act]
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(self.act(self.up_proj(self.norm(x))))
+
+
+class ConvStack(nn.Module):
+    """Residual layers x + W act(conv(norm(x))) along the positions, or over the grid of an image.
+
+    A causal convolution pads on the left only and remembers its last inputs for the next call.
+    """
+
+    def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
+        super().__init__()
+        grid = config.image_size // config.patch_size if config.embedding_type == "patches" and not causal else None
+        self.layers = nn.ModuleList(ConvLayer(config, causal, grid) for _ in range(num_layers))
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x, context.at(i))
+        return x
+
+
+class ConvLayer(nn.Module):
+    def __init__(self, config: FeedbackConfig, causal: bool, grid: int | None) -> None:
+        super().__init__()
+        self.causal, self.grid, self.kernel_size = causal, grid, config.conv_kernel_size
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        conv = nn.Conv1d if grid is None else nn.Conv2d
+        padding: str | int = 0 if causal else "same"
+        self.conv = conv(config.hidden_size, config.hidden_size, config.conv_kernel_size, padding=padding)
+        self.act = ACT2FN[config.hidden_act]
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        inputs = self.norm(x)
+        if context.mask is not None:
+            inputs = inputs * context.mask[..., None]
+        if self.causal:
+            inputs = self.with_past(inputs, context)
+        elif self.grid is not None:
+            inputs = inputs.unflatten(1, (self.grid, self.grid))
+        convolved = self.conv(inputs.movedim(-1, 1)).flatten(2).movedim(1, -1)
+        return x + self.out_proj(self.act(convolved))
+
+    def with_past(self, inputs: Tensor, context: Context) -> Tensor:
+        """[B, T, D] -> [B, T + kernel - 1, D]: the real inputs just before, zeros at the start of a text."""
+        size, state = self.kernel_size - 1, context.state()
+        if size == 0:
+            return inputs
+        past = inputs.new_zeros(inputs.shape[0], size, inputs.shape[2]) if state is None else state[0].to(inputs.dtype)
+        inputs = torch.cat([past, inputs], dim=1)
+        if context.lengths is None:
+            context.keep((inputs[:, -size:],))
+        else:  # the last inputs before the padding
+            last = context.lengths[:, None] + torch.arange(size, device=inputs.device)
+            context.keep((inputs.gather(1, last[..., None].expand(-1, -1, inputs.shape[2])),))
+        return inputs
+
+
+class CrossAttention(nn.Module):
+    """x + attention(norm(x), source): what a step reads of the source, by the attention of BART."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.backbone = config.backbone_config
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.attention = borrowed("bart", "BartAttention")(
+            config.hidden_size, config.num_attention_heads, is_decoder=True, config=self.backbone, layer_idx=0
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        mask = create_bidirectional_mask(self.backbone, x, context.source_mask, encoder_hidden_states=context.source)
+        arguments = {
+            "key_value_states": context.source,
+            "attention_mask": mask,
+            "past_key_values": context.cross_attention,
+        }
+        return x + self.attention(self.norm(x), **arguments)[0]
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    return F.dropout(x, p, training) if p else x

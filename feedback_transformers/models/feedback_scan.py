@@ -1,0 +1,178 @@
+"""Recurrences h_t = f(x_t, h_{t-1}): one step each, and the loop over positions.
+
+Shapes: B batch, T positions, D hidden size, G gates of the recurrence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_feedback import FeedbackConfig
+from .feedback_cache import Context
+
+
+class GRUState(NamedTuple):
+    h: Tensor  # [..., D] float32
+
+
+class LSTMState(NamedTuple):
+    h: Tensor  # [..., D] float32
+    c: Tensor  # [..., D] float32
+
+
+class Diagonal(nn.Module):
+    """`num_gates` diagonal maps of one vector: [..., D] -> [..., G·D]."""
+
+    def __init__(self, size: int, num_gates: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_gates, size))
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=0.5)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return (h.unsqueeze(-2) * self.weight).flatten(-2)
+
+
+class GRU(nn.Module):
+    """Gated recurrent unit, Cho et al. 2014 (arXiv:1406.1078), in the form of torch.nn.GRUCell:
+
+    r, z = σ(W x + U h)    n = tanh(W_n x + r ∘ U_n h)    h' = (1 - z) ∘ n + z ∘ h
+    """
+
+    num_gates = 3
+    state_type: type[NamedTuple] = GRUState
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.input_proj = nn.Linear(size, self.num_gates * size)
+        self.state_proj = self.make_state_proj(size)
+
+    def make_state_proj(self, size: int) -> nn.Module:
+        return nn.Linear(size, self.num_gates * size)
+
+    def initial_state(self, x: Tensor) -> GRUState:
+        """Zeros for inputs [..., D]."""
+        return GRUState(torch.zeros_like(x, dtype=torch.float32))
+
+    def step(self, gates: Tensor, state: GRUState) -> GRUState:
+        """One step from the projected input [..., 3D]."""
+        r_x, z_x, n_x = gates.chunk(3, dim=-1)
+        r_h, z_h, n_h = self.state_proj(state.h.to(gates.dtype)).chunk(3, dim=-1)
+        r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
+        n = torch.tanh(n_x + r * n_h)
+        return GRUState(torch.lerp(n.float(), state.h, z.float()))
+
+    def fused(self, x: Tensor, state: GRUState) -> tuple[Tensor, GRUState]:
+        """torch's own kernel over all positions [B, T, D]."""
+        weights = _weights(self.input_proj, self.state_proj)
+        h, last = torch.gru(x, state.h[None], weights, True, 1, 0.0, self.training, False, True)
+        return h, GRUState(last[0])
+
+
+class DiagonalGRU(GRU):
+    """A GRU whose recurrent matrices are diagonal: no channel reads another's state."""
+
+    def make_state_proj(self, size: int) -> nn.Module:
+        return Diagonal(size, self.num_gates)
+
+
+class LSTM(nn.Module):
+    """Long short-term memory, Hochreiter & Schmidhuber 1997, in the form of torch.nn.LSTMCell:
+
+    i, f, o = σ(W x + U h)    c' = f ∘ c + i ∘ tanh(W_g x + U_g h)    h' = o ∘ tanh(c')
+    """
+
+    num_gates = 4
+    state_type: type[NamedTuple] = LSTMState
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.input_proj = nn.Linear(size, self.num_gates * size)
+        self.state_proj = nn.Linear(size, self.num_gates * size)
+
+    def initial_state(self, x: Tensor) -> LSTMState:
+        """Zeros for inputs [..., D]."""
+        zeros = torch.zeros_like(x, dtype=torch.float32)
+        return LSTMState(zeros, zeros)
+
+    def step(self, gates: Tensor, state: LSTMState) -> LSTMState:
+        """One step from the projected input [..., 4D]."""
+        i, f, g, o = (gates + self.state_proj(state.h.to(gates.dtype))).float().chunk(4, dim=-1)
+        c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
+        return LSTMState(torch.sigmoid(o) * torch.tanh(c), c)
+
+    def fused(self, x: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
+        """torch's own kernel over all positions [B, T, D]."""
+        weights = _weights(self.input_proj, self.state_proj)
+        start = (state.h[None], state.c[None])
+        h, last_h, last_c = torch.lstm(x, start, weights, True, 1, 0.0, self.training, False, True)
+        return h, LSTMState(last_h[0], last_c[0])
+
+
+RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {"gru": GRU, "lstm": LSTM, "diagonal_gru": DiagonalGRU}
+
+
+def scan(
+    cell: GRU | LSTM, x: Tensor, state: NamedTuple, mask: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, NamedTuple]:
+    """h_t [B, T, D] and the last state, over inputs x [B, T, D]; positions where mask [B, T] is False change nothing."""
+    if mask is None and can_fuse(cell, x):
+        h, state = cell.fused(x.flip(1) if reverse else x, state)
+        return (h.flip(1) if reverse else h), state
+    return scan_reference(cell, x, state, mask, reverse)
+
+
+def scan_reference(
+    cell: GRU | LSTM, x: Tensor, state: NamedTuple, mask: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, NamedTuple]:
+    """`scan`, position by position."""
+    gates = cell.input_proj(x)
+    h: list[Tensor] = []
+    for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
+        new = cell.step(gates[:, t], state)
+        if mask is not None:
+            new = type(new)(*(torch.where(mask[:, t, None], n, o) for n, o in zip(new, state, strict=True)))
+        state = new
+        h.append(state.h)
+    return torch.stack(h[::-1] if reverse else h, dim=1).to(x.dtype), state
+
+
+def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
+    """torch's kernel reads the weights itself: only plain float32 layers, which no adapter wraps, may go there."""
+    plain = type(cell.input_proj) is nn.Linear and type(cell.state_proj) is nn.Linear
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (cell.input_proj, cell.state_proj))
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return plain and not hooked and not autocast and x.dtype == cell.input_proj.weight.dtype == torch.float32
+
+
+def _weights(input_proj: nn.Linear, state_proj: nn.Linear) -> list[Tensor]:
+    return [input_proj.weight, state_proj.weight, input_proj.bias, state_proj.bias]
+
+
+class RecurrentStack(nn.Module):
+    """Layers of one recurrence over the positions; where not causal, each layer adds a second one that runs backwards."""
+
+    def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True, kind: str = "gru") -> None:
+        super().__init__()
+        directions = 1 if causal else 2
+        self.layers = nn.ModuleList(
+            nn.ModuleList(RECURRENCES[kind](config.hidden_size) for _ in range(directions)) for _ in range(num_layers)
+        )
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """[B, T, D] -> [B, T, D], from the state that the context remembers and leaving the new one there."""
+        for i, directions in enumerate(self.layers):
+            here, cell = context.at(i), directions[0]
+            state = here.state()
+            state = cell.initial_state(x[:, 0]) if state is None else cell.state_type(*state)
+            h, state = scan(cell, x, state, context.mask)
+            here.keep(state)
+            if len(directions) == 2:
+                h = h + scan(directions[1], x, directions[1].initial_state(x[:, 0]), context.mask, reverse=True)[0]
+            x = h
+        return x

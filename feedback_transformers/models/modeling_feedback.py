@@ -1,0 +1,628 @@
+"""FeedbackModel and its text heads.
+
+Shapes: B batch, T positions, D hidden size, V vocabulary, L labels, K feedback steps.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel, logging
+from transformers import initialization as init
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_feedback import RECURRENT_TYPES, FeedbackConfig
+from .feedback_cache import Context, FeedbackCache
+from .feedback_decoders import DECODERS
+from .feedback_embeddings import EMBEDDINGS
+from .feedback_encoders import ENCODERS
+from .feedback_loop import EmbedOutput, FeedbackLoop
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class FeedbackModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: y [B, T, D] of the last step.
+        past_key_values: what the next call needs, with `use_cache=True`.
+        hidden_states: the embeddings, the encoder's output, h of every pass and y, each [B, T, D], with
+            `output_hidden_states=True`.
+        feedback_states: y after every pass, K of [B, T, D], with `output_feedback_states=True`. Position by position
+            there is one pass, and its trajectory is last_hidden_state itself.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: FeedbackCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    feedback_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class FeedbackOutput(ModelOutput):
+    """Of a head: loss [], logits (their shape is the head's), and what FeedbackModelOutput carries."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: FeedbackCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    feedback_states: tuple[Tensor, ...] | None = None
+
+
+class FeedbackPreTrainedModel(PreTrainedModel):
+    config: FeedbackConfig
+    config_class = FeedbackConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FeedbackLoop"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_flex_attn = False
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # the borrowed layers ask the interface of their config, which is a sub-config of ours
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "c_attn"):  # transformers' Conv1D layers of GPT-2 are not in its own default
+            return
+        if type(module).__name__ == "Conv1D":
+            init.normal_(module.weight, std=self.config.initializer_range)
+            init.zeros_(module.bias)
+        elif type(module).__module__.startswith(__package__ or "") and hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        """The loop checkpoints whole passes, so the layers of its cell, which would drop their memory, do not."""
+        super()._set_gradient_checkpointing(enable, **kwargs)
+        for loop in (module for module in self.modules() if isinstance(module, FeedbackLoop)):
+            for layer in loop.cell.modules():
+                if hasattr(layer, "gradient_checkpointing"):
+                    layer.gradient_checkpointing = False
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the model code goes along, so that the checkpoint loads where this package is not."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            for file in Path(__file__).parent.glob("*.py"):
+                if file.name != "__init__.py" and file.parent != Path(save_directory).resolve():
+                    shutil.copyfile(file, Path(save_directory) / file.name)
+
+    def reads(self, embedding_type: str, causal: bool | None = None) -> None:
+        """Refuses a config that this head can't use."""
+        name = type(self).__name__
+        if self.config.embedding_type != embedding_type:
+            raise ValueError(f"{name} needs embedding_type={embedding_type!r}, not {self.config.embedding_type!r}.")
+        if causal is not None and self.config.is_causal != causal:
+            raise ValueError(f"{name} needs is_causal={causal}: set it in the config.")
+
+    def output_embeddings(self, size: int) -> nn.Linear | None:
+        """The linear map that brings a prediction of `size` numbers back, where the real output is fed back."""
+        if self.config.feedback_signal != "output":
+            return None
+        return nn.Linear(size, self.config.hidden_size, bias=False)
+
+    def supervised(self, outputs: FeedbackModelOutput) -> tuple[Tensor, ...]:
+        """The y of the steps that the loss is taken at: the last one, or all that carry a gradient."""
+        if self.config.supervision == "last" or outputs.feedback_states is None:
+            return (outputs.last_hidden_state,)
+        return outputs.feedback_states[-(self.config.gradient_steps or 0) :]
+
+
+class FeedbackModel(FeedbackPreTrainedModel):
+    """embeddings -> encoder -> loop (connection, cell) and decoder -> y [B, T, D]."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        config.backbone_config._attn_implementation = config._attn_implementation
+        self.embeddings = EMBEDDINGS[config.embedding_type](config)
+        rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
+        self.positions = None if rotary else nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        encoder_causal = config.is_causal and not config.is_encoder_decoder
+        self.encoder = ENCODERS[config.encoder_type](config, config.num_encoder_layers, encoder_causal)
+        self.loop = FeedbackLoop(config)
+        decoder = DECODERS[config.decoder_type]
+        shared = config.share_encoder_decoder
+        self.decoder = None if shared else decoder(config, config.num_decoder_layers, config.is_causal)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        if self.config.embedding_type != "tokens":
+            raise NotImplementedError(f"A model of {self.config.embedding_type} has no token embeddings.")
+        return self.embeddings.tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings.tokens = value
+
+    def encode(self, embedded: Tensor, context: Context) -> Tensor:
+        """e [B, T, D]"""
+        return self.encoder(embedded, context.at("encoder"))
+
+    def encode_source(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The source [B, S] of a sequence-to-sequence model -> its states [B, S, D], in the order given."""
+        embedded = self.embeddings(input_ids)
+        context, order = self.make_context(embedded, attention_mask, None, None)
+        embedded = gather(embedded, order)
+        if self.positions is not None:
+            embedded = embedded + self.positions(context.position_ids)
+        context.key_mask = context.mask
+        return scatter(self.encode(embedded, context), order)
+
+    def decode(self, h: Tensor, context: Context) -> Tensor:
+        """y = g(h), [B, T, D]"""
+        decoder = self.encoder if self.decoder is None else self.decoder
+        return self.norm(decoder(h, context))
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """softmax(E y) E: the prediction of the head with tied embeddings, which this model is without its head."""
+        if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
+            raise ValueError(
+                "feedback_signal='output' feeds back a head's prediction: use a FeedbackFor... class, or tie_word_embeddings."
+            )
+        weight = self.embeddings.tokens.weight
+        return (y @ weight.t()).softmax(-1) @ weight
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: FeedbackCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        past_values: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        embed_output: EmbedOutput | None = None,
+        num_feedback_steps: int | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        **kwargs: Any,
+    ) -> FeedbackModelOutput:
+        """
+        Args:
+            input_ids / inputs_embeds / pixel_values / past_values: exactly one: [B, T], [B, T, D], [B, C, H, W] or
+                [B, T, C].
+            attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
+            num_feedback_steps: passes of this call instead of the config's (depth axis, or the jacobi solver).
+            embed_output: a head's map from y to its embedded prediction, for feedback_signal="output".
+        """
+        given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
+        if len(given) != 1:
+            raise ValueError("Give exactly one of input_ids, inputs_embeds, pixel_values and past_values.")
+        embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
+        cache = self.make_cache(past_key_values, use_cache)
+        context, order = self.make_context(embedded, attention_mask, position_ids, cache)
+        if encoder_hidden_states is not None:
+            context.source, context.source_mask = encoder_hidden_states, encoder_attention_mask
+            context.cross_attention = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            if cache is not None:
+                cache.cross_attention = context.cross_attention = cache.cross_attention or context.cross_attention
+        embedded = gather(embedded, order)
+        if self.positions is not None:
+            embedded = embedded + self.positions(context.position_ids)
+        e = embedded if self.config.is_encoder_decoder else self.encode(embedded, context)
+
+        every_step = bool(output_feedback_states or output_hidden_states or self.config.supervision == "all")
+        self.check_steps(cache, num_feedback_steps, every_step)
+        looped = self.loop(e, context, self.decode, embed_output or self.embed_output, num_feedback_steps, every_step)
+        if cache is not None:
+            cache.advance(context, keep_mask=self.config.has_attention)
+
+        outputs = tuple(scatter(y, order) for y in looped.outputs)
+        hidden = None
+        if output_hidden_states:
+            hidden = (*(scatter(x, order) for x in (embedded, e, *looped.states)), outputs[-1])
+        return FeedbackModelOutput(
+            last_hidden_state=outputs[-1],
+            past_key_values=cache,
+            hidden_states=hidden,
+            feedback_states=outputs if every_step else None,
+        )
+
+    def make_cache(self, cache: FeedbackCache | None, use_cache: bool | None) -> FeedbackCache | None:
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if use_cache and self.loop.gradient_checkpointing and self.training:
+            logger.warning_once("use_cache=True does not go with gradient checkpointing; no cache is made.")
+            return None
+        if not use_cache or not self.config.is_causal:
+            return cache
+        if cache is not None and not isinstance(cache, FeedbackCache):
+            raise ValueError(f"past_key_values must be a FeedbackCache, not {type(cache).__name__}: leave it out.")
+        return FeedbackCache() if cache is None else cache
+
+    def make_context(
+        self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FeedbackCache | None
+    ) -> tuple[Context, Tensor | None]:
+        """What the parts may know of these positions, and the order [B, T] that puts the real ones first."""
+        batch, length, _ = embedded.shape
+        offset = 0 if cache is None else cache.length
+        if length == 0:
+            raise ValueError("The input is empty: give at least one position.")
+        if self.config.has_attention and offset + length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{offset + length} positions are more than max_position_embeddings "
+                f"({self.config.max_position_embeddings}): shorten the input, or build a model with more."
+            )
+        mask, order = first_real(attention_mask, length)
+        columns = torch.arange(length, device=embedded.device)
+        count = columns.new_zeros(batch) if cache is None or cache.count is None else cache.count
+        if position_ids is None:
+            position_ids = count[:, None] + columns
+        else:
+            position_ids = position_ids.expand(batch, length)
+            position_ids = position_ids if order is None else position_ids.gather(1, order)
+        key_mask = None
+        if not self.config.is_causal:
+            key_mask = mask
+        elif cache is not None and cache.key_mask is not None:
+            key_mask = torch.cat([cache.key_mask, cache.key_mask.new_ones(batch, length)], dim=1)
+        return Context(position_ids, count, offset, mask, key_mask, cache), order
+
+    def check_steps(self, cache: FeedbackCache | None, num_steps: int | None, every_step: bool) -> None:
+        """A cache has a slot for every pass that is decoded; its steps can't change halfway through a text."""
+        if cache is None:
+            return
+        steps = (self.loop.num_passes(num_steps) or 1, every_step)
+        if cache.steps is not None and cache.steps != steps:
+            raise ValueError(
+                f"This cache was filled with {cache.steps[0]} feedback steps (each decoded: {cache.steps[1]}) and this call "
+                f"makes {steps[0]} (each decoded: {steps[1]}): start again without past_key_values to change them."
+            )
+        cache.steps = steps
+
+
+def first_real(attention_mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of a mask [B, T] or [B, P + T]: the mask with its real positions first, and the order [B, T] that puts them there.
+
+    With padding behind the text, no causal part can see it, a convolution or a chunk of positions meets no gap,
+    and all rows begin at the same column: the one place where left, right and inner padding are dealt with.
+    """
+    if attention_mask is None:
+        return None, None
+    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [batch, positions] for "
+            f"at least the {length} positions given."
+        )
+    mask = attention_mask[:, -length:].bool()
+    if mask.all():
+        return None, None
+    if (mask[:, 1:] <= mask[:, :-1]).all():
+        return mask, None
+    order = (~mask).long().argsort(dim=1, stable=True)
+    return mask.gather(1, order), order
+
+
+def gather(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.gather(1, order[..., None].expand_as(x))
+
+
+def scatter(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else torch.empty_like(x).scatter(1, order[..., None].expand_as(x), x)
+
+
+def mean_loss(loss: Callable[[Tensor], Tensor], supervised: tuple[Tensor, ...]) -> Tensor:
+    """The mean of a loss over the supervised steps."""
+    return torch.stack([loss(y) for y in supervised]).mean()
+
+
+class FeedbackGenerationMixin(GenerationMixin):
+    """generate() with a FeedbackCache, which the model makes itself at the first step."""
+
+    _is_stateful = True  # a feedback state can't be undone, so assisted decoding is refused
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+
+class FeedbackLMHead(FeedbackPreTrainedModel):
+    """What the heads over the vocabulary share."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.reads("tokens")
+        self.model = FeedbackModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """softmax(logits) E"""
+        return self.lm_head(y).softmax(-1) @ self.get_input_embeddings().weight
+
+    def head(
+        self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
+    ) -> FeedbackOutput:
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, keep]), None
+        if labels is not None:
+            size = self.config.vocab_size
+
+            def step_loss(y: Tensor) -> Tensor:
+                y_logits = logits if y is outputs.last_hidden_state else self.lm_head(y[:, keep])
+                return self.loss_function(logits=y_logits, labels=labels, vocab_size=size, **kwargs)
+
+            loss = mean_loss(step_loss, self.supervised(outputs))
+        return FeedbackOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            feedback_states=outputs.feedback_states,
+        )
+
+
+class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
+    """Next-token prediction."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.reads("tokens", causal=True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: FeedbackCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """labels [B, T] are shifted here, -100 is left out; logits are [B, T, V], or of the last `logits_to_keep`."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            embed_output=self.embed_output,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+            return_dict=True,
+        )
+        return self.head(outputs, labels, logits_to_keep, **kwargs)
+
+
+class FeedbackForMaskedLM(FeedbackLMHead):
+    """Prediction of masked tokens, from both sides."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.reads("tokens", causal=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """labels [B, T], -100 where not predicted; logits [B, T, V]."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            embed_output=self.embed_output,
+            num_feedback_steps=num_feedback_steps,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+            return_dict=True,
+        )
+        return self.head(outputs, labels, **kwargs)
+
+
+class FeedbackClassifier(FeedbackPreTrainedModel):
+    """What the heads with a linear readout of `num_labels` share; a subclass says what it reads and pools."""
+
+    accepts_loss_kwargs = False  # their losses are means over the batch, which Trainer divides itself
+    embedding_type = "tokens"
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.reads(self.embedding_type)
+        self.num_labels = self.num_outputs(config)
+        self.model = FeedbackModel(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.feedback = self.output_embeddings(self.num_labels)
+        self.post_init()
+
+    def num_outputs(self, config: FeedbackConfig) -> int:
+        return config.num_labels
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""
+        logits = self.classifier(y)
+        if self.config.problem_type == "multi_label_classification":
+            return self.feedback(logits.sigmoid())
+        return self.feedback(logits if self.num_labels == 1 else logits.softmax(-1))
+
+    def pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, D]: the last real position where causal, the mean of the real ones otherwise."""
+        if mask is None:
+            return y[:, -1] if self.config.is_causal else y.mean(dim=1)
+        mask = mask[:, -y.shape[1] :].to(y.device)
+        if self.config.is_causal:
+            last = (mask * torch.arange(1, y.shape[1] + 1, device=y.device)).argmax(dim=1)
+            return y[torch.arange(len(y), device=y.device), last]
+        return (y * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def classify(self, outputs: FeedbackModelOutput, labels: Tensor | None, mask: Tensor | None) -> FeedbackOutput:
+        logits, loss = self.classifier(self.pool(outputs.last_hidden_state, mask)), None
+        if labels is not None:
+
+            def step_loss(y: Tensor) -> Tensor:
+                return self.loss_function(labels, self.classifier(self.pool(y, mask)).float(), self.config)
+
+            loss = mean_loss(step_loss, self.supervised(outputs))
+        return FeedbackOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, feedback_states=outputs.feedback_states
+        )
+
+
+class FeedbackForSequenceClassification(FeedbackClassifier):
+    """Single-label, multi-label (BCE) or regression (MSE), by `config.problem_type`."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding."""
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            embed_output=self.embed_output,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+            return_dict=True,
+        )
+        return self.classify(outputs, labels, attention_mask)
+
+
+class FeedbackForTokenClassification(FeedbackClassifier):
+    """A class for every token."""
+
+    accepts_loss_kwargs = True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """labels [B, T], -100 where left out; logits [B, T, L]."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            embed_output=self.embed_output,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+            return_dict=True,
+        )
+        loss = None
+        if labels is not None:
+
+            def step_loss(y: Tensor) -> Tensor:
+                return self.loss_function(self.classifier(y), labels, self.config, **kwargs)
+
+            loss = mean_loss(step_loss, self.supervised(outputs))
+        return FeedbackOutput(
+            loss=loss,
+            logits=self.classifier(outputs.last_hidden_state),
+            hidden_states=outputs.hidden_states,
+            feedback_states=outputs.feedback_states,
+        )
+
+
+@dataclass
+class FeedbackQuestionAnsweringOutput(ModelOutput):
+    """loss [], start_logits and end_logits [B, T], and what FeedbackModelOutput carries."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    feedback_states: tuple[Tensor, ...] | None = None
+
+
+class FeedbackForQuestionAnswering(FeedbackClassifier):
+    """The start and the end of an answer in the text."""
+
+    def num_outputs(self, config: FeedbackConfig) -> int:
+        return 2
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """Start and end are chosen among positions, so each position feeds back its two scores as they are."""
+        return self.feedback(self.classifier(y).sigmoid())
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        **kwargs: Any,
+    ) -> FeedbackQuestionAnsweringOutput:
+        """start_positions and end_positions [B]"""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            embed_output=self.embed_output,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+            return_dict=True,
+        )
+
+        def scores(y: Tensor) -> tuple[Tensor, Tensor]:
+            start, end = self.classifier(y).unbind(-1)
+            return start, end
+
+        loss = None
+        if start_positions is not None and end_positions is not None:
+
+            def step_loss(y: Tensor) -> Tensor:
+                return self.loss_function(*scores(y), start_positions, end_positions)
+
+            loss = mean_loss(step_loss, self.supervised(outputs))
+        start, end = scores(outputs.last_hidden_state)
+        return FeedbackQuestionAnsweringOutput(loss, start, end, outputs.hidden_states, outputs.feedback_states)

@@ -1,0 +1,43 @@
+"""Image heads. Shapes: B batch, C channels, H height, W width, T patches, D hidden size, L labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import can_return_tuple
+
+from .modeling_feedback import FeedbackClassifier, FeedbackOutput
+
+
+class FeedbackForImageClassification(FeedbackClassifier):
+    """A class for an image; every feedback step is another look at it."""
+
+    main_input_name = "pixel_values"
+    embedding_type = "patches"
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """pixel_values [B, C, H, W], labels [B]; logits [B, L]."""
+        outputs = self.model(
+            pixel_values=pixel_values,
+            embed_output=self.embed_output,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+            return_dict=True,
+        )
+        return self.classify(outputs, labels, mask=None)
+
+    def step_logits(self, outputs: FeedbackOutput) -> list[Tensor]:
+        """The logits [B, L] after each feedback step, of outputs with feedback_states."""
+        return [self.classifier(self.pool(y, None)) for y in outputs.feedback_states]

@@ -1,0 +1,100 @@
+"""Sequence to sequence: the encoder reads a source, the loop writes the target and attends to it at every step.
+
+Shapes: B batch, S source positions, T target positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import can_return_tuple
+
+from .configuration_feedback import FeedbackConfig
+from .feedback_cache import FeedbackCache
+from .modeling_feedback import (
+    FeedbackGenerationMixin,
+    FeedbackLMHead,
+    FeedbackOutput,
+)
+
+
+class SourceEncoder:
+    """What generate() calls as the model's encoder: source tokens -> BaseModelOutput."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, model: FeedbackForConditionalGeneration) -> None:
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
+        return self.model.encode(input_ids, attention_mask)
+
+    __call__ = forward
+
+
+class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
+    """Translation, summarization: p(target | source), with `config.is_encoder_decoder=True`."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        if not config.is_encoder_decoder:
+            raise ValueError("FeedbackForConditionalGeneration needs is_encoder_decoder=True: set it in the config.")
+
+    def get_encoder(self, modality: str | None = None) -> SourceEncoder:
+        return SourceEncoder(self)
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:
+        """Source tokens [B, S] -> their states [B, S, D], in the order given."""
+        return BaseModelOutput(last_hidden_state=self.model.encode_source(input_ids, attention_mask))
+
+    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+        """The labels [B, T] behind a start token, -100 turned to padding."""
+        if self.config.decoder_start_token_id is None or self.config.pad_token_id is None:
+            raise ValueError("Set decoder_start_token_id and pad_token_id in the config to make decoder inputs of labels.")
+        start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
+        shifted = torch.cat([start, labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: FeedbackCache | None = None,
+        labels: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """input_ids [B, S]; decoder_input_ids [B, T], made of labels [B, T] where only those are given; logits [B, T, V]."""
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_ids, attention_mask)
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            past_key_values=past_key_values,
+            encoder_hidden_states=encoder_outputs[0],
+            encoder_attention_mask=attention_mask,
+            embed_output=self.embed_output,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+            return_dict=True,
+        )
+        # the labels stand beside their logits already: ForCausalLMLoss must not shift them again
+        shifted = {} if labels is None else {"shift_labels": labels}
+        return self.head(outputs, labels, logits_to_keep, **shifted, **kwargs)

@@ -1,0 +1,36 @@
+"""Packaging of feedback_transformers; exact tested versions are pinned in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "feedback_transformers" / "__init__.py").read_text()).group(1)
+
+TRAIN = [
+    "accelerate>=1.10,<2",
+    "datasets>=4,<6",
+    "evaluate>=0.4.6,<0.5",
+    "matplotlib>=3.8,<4",
+    "peft>=0.21,<1",
+    "rouge-score>=0.1.2,<0.2",
+    "sacrebleu>=2.5,<3",
+    "scikit-learn>=1.5,<2",
+    "tensorboard>=2.18,<3",
+]
+DEV = ["build>=1.2", "mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12"]
+
+setup(
+    name="feedback_transformers",
+    version=VERSION,
+    description="Feedback neural networks as ordinary Hugging Face models",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["feedback_transformers", "feedback_transformers.*"]),
+    package_data={"feedback_transformers": ["py.typed", "card_template.md"]},
+    install_requires=["torch>=2.9,<3", "transformers>=5.23,<6"],
+    extras_require={"train": TRAIN, "dev": TRAIN + DEV},
+)
