@@ -152,7 +152,7 @@ def test_unknown_name():
         data.load("mnist")
 
 
-@pytest.mark.parametrize("name", set(data.DATASETS) - {"python-docs"})  # these come with Python
+@pytest.mark.parametrize("name", SIZES)  # python-docs comes with Python
 def test_missing_package(name, monkeypatch, tmp_path):
     def missing(package):
         raise PackageNotFoundError(package)

@@ -160,12 +160,12 @@ class FeedbackConfig(PreTrainedConfig):
 
     vocab_size: int = 32000
     hidden_size: int = 256
-    intermediate_size: int | None = None
+    intermediate_size: Any = None  # int; 4 * hidden_size where left out
     num_attention_heads: int = 4
     num_key_value_heads: int | None = None
     max_position_embeddings: int = 2048
     hidden_act: str = "silu"
-    backbone_config: dict | PreTrainedConfig | None = None
+    backbone_config: Any = None  # dict or PreTrainedConfig; always a PreTrainedConfig once built
     is_causal: bool = True
 
     embedding_type: str = "tokens"
@@ -225,7 +225,7 @@ class FeedbackConfig(PreTrainedConfig):
         self.validate_architecture()
 
     def _backbone(self, given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
-        """The config of the borrowed layers; what `given` names is copied to the fields here, the rest comes from them."""
+        """The config of the borrowed layers; what `given` names is copied here, the rest comes from here."""
         fields = dict(given) if isinstance(given, dict) else {}
         model_type = given.model_type if isinstance(given, PreTrainedConfig) else fields.pop("model_type", "llama")
         if model_type not in BACKBONE_TYPES:
@@ -251,7 +251,9 @@ class FeedbackConfig(PreTrainedConfig):
             if model_type != "gpt2":
                 own.setdefault("attention_dropout", self.dropout)
             aliases = type(AutoConfig.for_model(model_type)).attribute_map
-            fields = {next((k for k, v in aliases.items() if v == name), name): value for name, value in fields.items()}
+            fields = {
+                next((k for k, v in aliases.items() if v == name), name): value for name, value in fields.items()
+            }
             fields = {name: value for name, value in fields.items() if name not in ("vocab_size", "pad_token_id")}
             backbone = AutoConfig.for_model(model_type, **{**own, **fields}, pad_token_id=None)
         for ours, theirs in shared.items():
@@ -270,8 +272,8 @@ class FeedbackConfig(PreTrainedConfig):
             )
         if (self.hidden_size // self.num_attention_heads) % 2:
             raise ValueError(
-                f"hidden_size / num_attention_heads is {self.hidden_size // self.num_attention_heads}; rotary positions "
-                "need an even number: change either."
+                f"hidden_size / num_attention_heads is {self.hidden_size // self.num_attention_heads}; "
+                "rotary positions need an even number: change either."
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -318,7 +320,7 @@ class FeedbackConfig(PreTrainedConfig):
         rules = [
             (
                 self.solver == "jacobi" and self.feedback_axis == "depth",
-                "solver='jacobi' is for feedback_axis='time'; on the depth axis it is the same as 'sequential': use that.",
+                "solver='jacobi' is for feedback_axis='time'; in depth it would be the same as 'sequential': use that.",
             ),
             (
                 self.feedback_interval > 1 and self.feedback_axis == "depth",

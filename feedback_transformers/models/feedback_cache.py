@@ -44,7 +44,8 @@ class FeedbackCache(Cache):
         index = self.slots.get(slot)
         if index is None or index >= len(self.layers) or not self.layers[index].is_initialized:
             return None
-        return self.layers[index].keys, self.layers[index].values
+        layer: Any = self.layers[index]
+        return layer.keys, layer.values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -97,7 +98,7 @@ class FeedbackCache(Cache):
         self._each_batch(lambda t: t[indices.to(t.device)])
 
     def _each_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        layers = list(self.layers)
+        layers: list[Any] = list(self.layers)
         if self.cross_attention is not None:
             layers += self.cross_attention.cross_attention_cache.layers
         for layer in layers:

@@ -9,7 +9,7 @@ Shapes: x and h are [B, T, D].
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .feedback_cache import Context, KeyValueSlots
 from .feedback_layers import ConvStack, MLPStack, TransformerStack, borrowed
 from .feedback_scan import RecurrentStack
 
-State = tuple[NamedTuple, ...] | None
+State = tuple[Any, ...] | None  # a GRUState or LSTMState per layer
 
 
 class RecurrentCell(RecurrentStack):
@@ -31,8 +31,9 @@ class RecurrentCell(RecurrentStack):
         super().__init__(config, config.num_feedback_layers, kind=config.feedback_type)
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        new = []
-        for i, (cell,) in enumerate(self.layers):
+        new: list[Any] = []
+        for i, layer in enumerate(self.layers):
+            cell: Any = layer[0]
             before = cell.initial_state(x) if state is None else state[i]
             new.append(cell.step(cell.input_proj(x), before))
             x = new[-1].h.to(x.dtype)
@@ -82,7 +83,7 @@ class MemoryTransformerCell(TransformerCell):
         super().__init__(config)
         self.layer_weights = nn.Parameter(torch.empty(config.num_feedback_layers + 1))
 
-    def reset_parameters(self) -> None:
+    def init_parameters(self) -> None:
         init.zeros_(self.layer_weights)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -97,12 +98,12 @@ class MemoryTransformerCell(TransformerCell):
         return states[-1]
 
     def no_memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        heads, size = self.backbone.num_key_value_heads, self.layers[0].self_attn.head_dim
-        return (x.new_zeros(x.shape[0], heads, 0, size),) * 2
+        attention: Any = self.layers[0].self_attn
+        return (x.new_zeros(x.shape[0], self.backbone.num_key_value_heads, 0, attention.head_dim),) * 2
 
     def keys_values(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """[B, T, D] -> keys and values [B, heads, T, head_dim]."""
-        first = self.layers[0]
+        first: Any = self.layers[0]
         attention = first.self_attn
         memory = getattr(first, "input_layernorm", nn.Identity())(memory)
         keys, values = attention.k_proj(memory), attention.v_proj(memory)

@@ -13,7 +13,7 @@ from .configuration_feedback import FeedbackConfig
 
 
 class GateConnection(nn.Module):
-    """e + a · σ(W_g [e; norm(φ)] + b) ∘ W_s norm(φ), the connection of the Recurrent Looped Transformer (Zhang 2026)."""
+    """e + a · σ(W_g [e; norm(φ)] + b) ∘ W_s norm(φ), as in the Recurrent Looped Transformer (Zhang 2026)."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class GateConnection(nn.Module):
         self.signal_proj = nn.Linear(size, size, bias=False)
         self.scale = nn.Parameter(torch.empty(1))
 
-    def reset_parameters(self) -> None:
+    def init_parameters(self) -> None:
         init.ones_(self.scale)
 
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:

@@ -24,7 +24,14 @@ from .feedback_cache import Context, KeyValueSlots, MaskSizes
 ACT2FN.setdefault("rrelu", nn.RReLU)
 
 # model_type of the backbone -> prefix of its classes in transformers.models
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "olmo2": "Olmo2", "gpt2": "GPT2"}
+FAMILIES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mistral": "Mistral",
+    "olmo2": "Olmo2",
+    "gpt2": "GPT2",
+}
 
 
 def borrowed(model_type: str, name: str) -> Any:
@@ -45,7 +52,7 @@ class TransformerStack(nn.Module):
         self.rotary = None if family == "GPT2" else borrowed(backbone.model_type, f"{family}RotaryEmbedding")(backbone)
         for module in self.modules():
             if hasattr(module, "is_causal"):  # else sdpa turns causal wherever the mask is None
-                module.is_causal = causal
+                setattr(module, "is_causal", causal)  # noqa: B010  (mypy takes every attribute of a Module for a Tensor)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         cache = None if context.cache is None else KeyValueSlots(context.cache, context.slot)
@@ -65,11 +72,11 @@ class TransformerStack(nn.Module):
             states.append(layer(states[-1], **arguments))
         return states
 
-    def attention_mask(self, x: Tensor, context: Context) -> Tensor | None:
+    def attention_mask(self, x: Tensor, context: Context) -> Any:
         if not self.causal:
             return create_bidirectional_mask(self.backbone, x, context.mask)
         window = getattr(self.backbone, "sliding_window", None)
-        create = create_causal_mask if window is None else create_sliding_window_causal_mask
+        create: Any = create_causal_mask if window is None else create_sliding_window_causal_mask
         return create(self.backbone, x, context.key_mask, MaskSizes(context.offset))
 
 

@@ -26,7 +26,7 @@ EmbedOutput = Callable[[Tensor], Tensor]  # y [B, T, D] -> the prediction, embed
 
 
 class LoopOutput(NamedTuple):
-    """Of each pass where every step was asked for, else of the last alone (on the sequential time axis there is one)."""
+    """Of each pass where every step was asked for, else of the last alone; position by position there is one."""
 
     states: list[Tensor]  # h, each [B, T, D]
     outputs: list[Tensor]  # y, each [B, T, D]
@@ -104,20 +104,22 @@ class FeedbackLoop(nn.Module):
         if grad:  # keys kept from a pass without gradient, or within a checkpoint, would lose it
             context = replace(context, cross_attention=None)
         first = passes - (config.gradient_steps or passes)
-        signal, state, outputs, states = None, None, [], []
+        signal, state, y = None, None, None
+        outputs: list[Tensor] = []
+        states: list[Tensor] = []
         for step in range(passes):
             last = step == passes - 1
             with torch.set_grad_enabled(grad and step >= first):
                 h, state = self.checkpoint(self.one_pass, e, signal, state, context, step)
-                y = None
                 if last or every_step or config.feedback_signal == "output":
                     y = decode(h, context.at("decoder", "last" if last else step))
                     if last or every_step:
                         states.append(h)
                         outputs.append(y)
-                if not last or config.feedback_axis == "time":
-                    signal = embed_output(y) if config.feedback_signal == "output" else h
-                if config.feedback_axis == "time" and config.feedback_signal != "none":
+                if last and config.feedback_axis == "depth":
+                    break
+                signal = h if config.feedback_signal != "output" or y is None else embed_output(y)
+                if config.feedback_axis == "time":
                     signal = self.previous(signal, context.at("signal", step))
         return LoopOutput(states, outputs)
 
@@ -144,9 +146,7 @@ class FeedbackLoop(nn.Module):
 
     # Time, position by position
 
-    def over_positions(
-        self, e: Tensor, context: Context, decode: Decode, embed_output: EmbedOutput
-    ) -> LoopOutput:
+    def over_positions(self, e: Tensor, context: Context, decode: Decode, embed_output: EmbedOutput) -> LoopOutput:
         """A chunk of `feedback_interval` positions after the other: exact, and what decoding does."""
         if context.cache is None:  # the cell's memory of this call
             context = replace(context, cache=FeedbackCache())

@@ -5,7 +5,7 @@ Shapes: B batch, T positions, D hidden size, G gates of the recurrence.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ class LSTMState(NamedTuple):
     c: Tensor  # [..., D] float32
 
 
+State = Any  # GRUState or LSTMState, whichever the recurrence has
+
+
 class Diagonal(nn.Module):
     """`num_gates` diagonal maps of one vector: [..., D] -> [..., G·D]."""
 
@@ -31,7 +34,7 @@ class Diagonal(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_gates, size))
 
-    def reset_parameters(self) -> None:
+    def init_parameters(self) -> None:
         init.normal_(self.weight, std=0.5)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -45,7 +48,7 @@ class GRU(nn.Module):
     """
 
     num_gates = 3
-    state_type: type[NamedTuple] = GRUState
+    state_type: Any = GRUState
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -88,7 +91,7 @@ class LSTM(nn.Module):
     """
 
     num_gates = 4
-    state_type: type[NamedTuple] = LSTMState
+    state_type: Any = LSTMState
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -118,9 +121,9 @@ RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {"gru": GRU, "lstm": LSTM, "dia
 
 
 def scan(
-    cell: GRU | LSTM, x: Tensor, state: NamedTuple, mask: Tensor | None = None, reverse: bool = False
-) -> tuple[Tensor, NamedTuple]:
-    """h_t [B, T, D] and the last state, over inputs x [B, T, D]; positions where mask [B, T] is False change nothing."""
+    cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, State]:
+    """h_t [B, T, D] and the last state, over inputs [B, T, D]; where mask [B, T] is False nothing changes."""
     if mask is None and can_fuse(cell, x):
         h, state = cell.fused(x.flip(1) if reverse else x, state)
         return (h.flip(1) if reverse else h), state
@@ -128,8 +131,8 @@ def scan(
 
 
 def scan_reference(
-    cell: GRU | LSTM, x: Tensor, state: NamedTuple, mask: Tensor | None = None, reverse: bool = False
-) -> tuple[Tensor, NamedTuple]:
+    cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
+) -> tuple[Tensor, State]:
     """`scan`, position by position."""
     gates = cell.input_proj(x)
     h: list[Tensor] = []
@@ -150,12 +153,12 @@ def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
     return plain and not hooked and not autocast and x.dtype == cell.input_proj.weight.dtype == torch.float32
 
 
-def _weights(input_proj: nn.Linear, state_proj: nn.Linear) -> list[Tensor]:
+def _weights(input_proj: Any, state_proj: Any) -> list[Tensor]:
     return [input_proj.weight, state_proj.weight, input_proj.bias, state_proj.bias]
 
 
 class RecurrentStack(nn.Module):
-    """Layers of one recurrence over the positions; where not causal, each layer adds a second one that runs backwards."""
+    """Layers of one recurrence over the positions; where not causal, each adds a second one that runs backwards."""
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True, kind: str = "gru") -> None:
         super().__init__()
@@ -166,10 +169,11 @@ class RecurrentStack(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """[B, T, D] -> [B, T, D], from the state that the context remembers and leaving the new one there."""
-        for i, directions in enumerate(self.layers):
+        for i, layer in enumerate(self.layers):
+            directions: Any = layer
             here, cell = context.at(i), directions[0]
-            state = here.state()
-            state = cell.initial_state(x[:, 0]) if state is None else cell.state_type(*state)
+            kept = here.state()
+            state = cell.initial_state(x[:, 0]) if kept is None else cell.state_type(*kept)
             h, state = scan(cell, x, state, context.mask)
             here.keep(state)
             if len(directions) == 2:

@@ -9,13 +9,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel, logging
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_feedback import RECURRENT_TYPES, FeedbackConfig
@@ -40,7 +42,7 @@ class FeedbackModelOutput(ModelOutput):
             there is one pass, and its trajectory is last_hidden_state itself.
     """
 
-    last_hidden_state: Tensor | None = None
+    last_hidden_state: Any = None
     past_key_values: FeedbackCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
@@ -75,20 +77,18 @@ class FeedbackPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if hasattr(module, "c_attn"):  # transformers' Conv1D layers of GPT-2 are not in its own default
-            return
-        if type(module).__name__ == "Conv1D":
+        if isinstance(module, Conv1D):  # of GPT-2 layers, which the default leaves out
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
-        elif type(module).__module__.startswith(__package__ or "") and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif hasattr(module, "init_parameters"):  # our modules with parameters of their own
+            module.init_parameters()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         """The loop checkpoints whole passes, so the layers of its cell, which would drop their memory, do not."""
         super()._set_gradient_checkpointing(enable, **kwargs)
         for loop in (module for module in self.modules() if isinstance(module, FeedbackLoop)):
             for layer in loop.cell.modules():
-                if hasattr(layer, "gradient_checkpointing"):
+                if isinstance(layer, GradientCheckpointingLayer):
                     layer.gradient_checkpointing = False
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -141,7 +141,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         if self.config.embedding_type != "tokens":
             raise NotImplementedError(f"A model of {self.config.embedding_type} has no token embeddings.")
-        return self.embeddings.tokens
+        return cast(nn.Module, self.embeddings.tokens)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.tokens = value
@@ -169,7 +169,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         """softmax(E y) E: the prediction of the head with tied embeddings, which this model is without its head."""
         if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
             raise ValueError(
-                "feedback_signal='output' feeds back a head's prediction: use a FeedbackFor... class, or tie_word_embeddings."
+                "feedback_signal='output' feeds back a head's prediction: use a FeedbackFor... class, "
+                "or set tie_word_embeddings=True."
             )
         weight = self.embeddings.tokens.weight
         return (y @ weight.t()).softmax(-1) @ weight
@@ -280,14 +281,14 @@ class FeedbackModel(FeedbackPreTrainedModel):
         steps = (self.loop.num_passes(num_steps) or 1, every_step)
         if cache.steps is not None and cache.steps != steps:
             raise ValueError(
-                f"This cache was filled with {cache.steps[0]} feedback steps (each decoded: {cache.steps[1]}) and this call "
-                f"makes {steps[0]} (each decoded: {steps[1]}): start again without past_key_values to change them."
+                f"This cache was filled with {cache.steps[0]} feedback steps (each decoded: {cache.steps[1]}) and this "
+                f"call makes {steps[0]} (each decoded: {steps[1]}): start again without past_key_values to change them."
             )
         cache.steps = steps
 
 
 def first_real(attention_mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """Of a mask [B, T] or [B, P + T]: the mask with its real positions first, and the order [B, T] that puts them there.
+    """Of a mask [B, T] or [B, P + T]: the mask with its real positions first, and the order [B, T] that does so.
 
     With padding behind the text, no causal part can see it, a convolution or a chunk of positions meets no gap,
     and all rows begin at the same column: the one place where left, right and inner padding are dealt with.
@@ -458,7 +459,7 @@ class FeedbackClassifier(FeedbackPreTrainedModel):
         self.post_init()
 
     def num_outputs(self, config: FeedbackConfig) -> int:
-        return config.num_labels
+        return len(cast(dict, config.id2label))
 
     def embed_output(self, y: Tensor) -> Tensor:
         """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""

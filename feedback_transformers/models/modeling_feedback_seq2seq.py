@@ -46,14 +46,16 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
     def get_encoder(self, modality: str | None = None) -> SourceEncoder:
         return SourceEncoder(self)
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutput:
+    def encode(self, input_ids: Any, attention_mask: Tensor | None = None) -> BaseModelOutput:
         """Source tokens [B, S] -> their states [B, S, D], in the order given."""
         return BaseModelOutput(last_hidden_state=self.model.encode_source(input_ids, attention_mask))
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The labels [B, T] behind a start token, -100 turned to padding."""
         if self.config.decoder_start_token_id is None or self.config.pad_token_id is None:
-            raise ValueError("Set decoder_start_token_id and pad_token_id in the config to make decoder inputs of labels.")
+            raise ValueError(
+                "Set decoder_start_token_id and pad_token_id in the config to make decoder inputs of labels."
+            )
         start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
         shifted = torch.cat([start, labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
@@ -75,7 +77,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> FeedbackOutput:
-        """input_ids [B, S]; decoder_input_ids [B, T], made of labels [B, T] where only those are given; logits [B, T, V]."""
+        """input_ids [B, S]; decoder_input_ids [B, T], made of labels [B, T] where left out; logits [B, T, V]."""
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask)
         if decoder_input_ids is None:
