@@ -13,12 +13,14 @@ TRAIN = [
     "datasets>=4,<6",
     "evaluate>=0.4.6,<0.5",
     "matplotlib>=3.8,<4",
+    "pillow>=10",
     "peft>=0.21,<1",
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.5,<3",
     "scikit-learn>=1.5,<2",
     "tensorboard>=2.18,<3",
 ]
+DATA = ["datasets>=4,<6", "pillow>=10"]
 DEV = ["build>=1.2", "mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12"]
 
 setup(
@@ -32,5 +34,6 @@ setup(
     packages=find_packages(include=["feedback_transformers", "feedback_transformers.*"]),
     package_data={"feedback_transformers": ["py.typed", "card_template.md"]},
     install_requires=["torch>=2.9,<3", "transformers>=5.23,<6"],
-    extras_require={"train": TRAIN, "dev": TRAIN + DEV},
+    # The data packages themselves are installed by `python -m feedback_transformers.data`, without their dependencies.
+    extras_require={"train": TRAIN, "data": DATA, "dev": TRAIN + DEV},
 )

@@ -1,0 +1,1 @@
+"""Measurements: a case a file, `python -m benchmarks.<case>`; finished runs are kept in results/, one line each."""

@@ -320,7 +320,7 @@ class FeedbackConfig(PreTrainedConfig):
         rules = [
             (
                 self.solver == "jacobi" and self.feedback_axis == "depth",
-                "solver='jacobi' is for feedback_axis='time'; in depth it would be the same as 'sequential': use that.",
+                "solver='jacobi' is for feedback_axis='time'; in depth it is the same as 'sequential': use that.",
             ),
             (
                 self.feedback_interval > 1 and self.feedback_axis == "depth",

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .configuration_feedback import RECURRENT_TYPES, FeedbackConfig
+from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
@@ -281,8 +281,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         steps = (self.loop.num_passes(num_steps) or 1, every_step)
         if cache.steps is not None and cache.steps != steps:
             raise ValueError(
-                f"This cache was filled with {cache.steps[0]} feedback steps (each decoded: {cache.steps[1]}) and this "
-                f"call makes {steps[0]} (each decoded: {steps[1]}): start again without past_key_values to change them."
+                f"This cache was filled with {cache.steps[0]} feedback steps (each decoded: {cache.steps[1]}) and "
+                f"this call makes {steps[0]} (each decoded: {steps[1]}): to change that, leave past_key_values out."
             )
         cache.steps = steps
 

@@ -1,0 +1,231 @@
+"""Small beats large: character-level Shakespeare, a feedback model against feed-forward ones, all tuned alike.
+
+    python -m benchmarks.small_beats_large              # every missing run, then the table and the plot
+    python -m benchmarks.small_beats_large --report     # the table of the runs that are there
+
+Task (as in the table of character models of PEERS): first-folio texts, the first 90 % to train on, 24,000
+sequences of 128 characters, width 128. Each run is one process on one thread, and is appended to
+results/small_beats_large.jsonl when it has finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import feedback_transformers
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data
+from feedback_transformers.training import draw_steps
+
+RESULTS = Path(__file__).parent / "results" / "small_beats_large.jsonl"
+LENGTH, SEQUENCES, WIDTH = 128, 24_000, 128
+SEEDS = (0, 1, 2)
+STEPS = range(1, 13)  # numbers of feedback steps that a feedback model is evaluated at
+SHAPE: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 248,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+}
+FEEDBACK: dict[str, Any] = {
+    "num_encoder_layers": 1,
+    "num_feedback_layers": 2,
+    "num_decoder_layers": 1,
+    "feedback_axis": "time",
+    "solver": "jacobi",
+    "gradient_steps": 3,
+}
+# The best of the same grid for each model; benchmarks/LOG.md has the grid.
+RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 1e-2, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
+SAMPLED = (3, 6)  # feedback steps in training, uniform
+
+
+def build(name: str, vocab_size: int) -> nn.Module:
+    """`feedback`, `control` (the same parameters, feed-forward) or `large` (8 Llama layers)."""
+    if name == "large":
+        return LlamaForCausalLM(
+            LlamaConfig(**SHAPE, vocab_size=vocab_size, num_hidden_layers=8, max_position_embeddings=LENGTH)
+        )
+    signal = {"feedback": "state", "control": "none"}[name]
+    config = FeedbackConfig(
+        **SHAPE, **FEEDBACK, feedback_signal=signal, vocab_size=vocab_size, max_position_embeddings=LENGTH
+    )
+    return FeedbackForCausalLM(config)
+
+
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside, AdamW for embeddings, readout, gains and biases."""
+    inner: list[nn.Parameter] = []
+    outer: list[nn.Parameter] = []
+    flat: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            flat.append(parameter)
+        else:
+            (outer if "embed" in name or "lm_head" in name else inner).append(parameter)
+    decay = RECIPE["weight_decay"]
+    muon = torch.optim.Muon(inner, lr=RECIPE["muon_lr"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": outer, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
+    return [muon, torch.optim.AdamW(groups, lr=RECIPE["adamw_lr"], betas=(0.9, 0.95))]
+
+
+def schedule(step: int, total: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = max(1, int(RECIPE["warmup"] * total))
+    return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
+
+
+def characters() -> tuple[Tensor, Tensor, int]:
+    """Training and validation characters as ids, and how many kinds there are."""
+    texts = data.load("shakespeare")
+    train, rest = (
+        "".join(part) for part in (texts["train"]["text"], [*texts["validation"]["text"], *texts["test"]["text"]])
+    )
+    ids = {character: i for i, character in enumerate(sorted(set(train + rest)))}
+    return torch.tensor([ids[c] for c in train]), torch.tensor([ids[c] for c in rest]), len(ids)
+
+
+@torch.no_grad()
+def validation_losses(model: nn.Module, rest: Tensor, steps: range | None, sequences: int = 512) -> list[float]:
+    """Mean nats per character on sequences spread evenly over the held-out tenth, at each number of steps."""
+    model.eval()
+    starts = torch.linspace(0, len(rest) - LENGTH - 2, sequences).long()
+    batches = torch.stack([rest[start : start + LENGTH + 1] for start in starts]).split(64)
+    losses = []
+    for number in steps or [None]:
+        arguments: dict[str, Any] = {} if number is None else {"num_feedback_steps": number}
+        total = sum(next_loss(model, batch, **arguments).item() * len(batch) for batch in batches)
+        losses.append(total / sequences)
+    return losses
+
+
+def next_loss(model: nn.Module, batch: Tensor, **arguments: Any) -> Tensor:
+    """Cross-entropy of all 128 next characters of a batch [B, 129]."""
+    logits = model(batch[:, :-1], use_cache=False, **arguments).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """Trains and evaluates one model; returns the line for the results."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    train, rest, vocab_size = characters()
+    model = build(name, vocab_size).train()
+    nn.init.normal_(model.get_input_embeddings().weight, std=RECIPE["embedding_std"])
+    total = SEQUENCES // int(RECIPE["batch"])
+    generator = torch.Generator().manual_seed(1000 + seed)
+    both, start = optimizers(model), time.time()
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
+    for step in tqdm(range(total), desc=f"{name}, seed {seed}", mininterval=10):
+        starts = torch.randint(0, len(train) - LENGTH - 1, (int(RECIPE["batch"]),), generator=generator)
+        batch = train[starts[:, None] + torch.arange(LENGTH + 1)]
+        steps = {"num_feedback_steps": draw_steps(step, *SAMPLED, seed)} if name == "feedback" else {}
+        next_loss(model, batch, **steps).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, lrs in zip(both, rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * schedule(step, total)
+            optimizer.step()
+            optimizer.zero_grad()
+    seconds = time.time() - start
+    return {
+        "model": name,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "losses": validation_losses(model, rest, STEPS if name == "feedback" else None),
+        "seconds": round(seconds),
+        "load": os.getloadavg()[0],
+        "threads": 1,
+        "machine": platform.machine(),
+        "versions": {p.__name__: p.__version__ for p in (torch, transformers, feedback_transformers)},
+        "recipe": {**RECIPE, "sampled": SAMPLED, **SHAPE, **FEEDBACK},
+        "command": f"python -m benchmarks.small_beats_large --models {name} --seeds {seed}",
+    }
+
+
+def finished() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def report() -> bool:
+    """Prints the table and what was to be reached; True where all of it was."""
+    runs = finished()
+    best = {
+        name: [min(r["losses"][2:]) for r in runs if r["model"] == name] for name in ("feedback", "control", "large")
+    }
+    if not all(best.values()):
+        print("Some models have no finished run yet.")
+        return False
+    print("| model | parameters | validation loss, nats, by seed | mean | seconds |\n|---|---|---|---|---|")
+    mean = {}
+    for name, losses in best.items():
+        lines = [r for r in runs if r["model"] == name]
+        mean[name] = sum(losses) / len(losses)
+        seconds = ", ".join(str(r["seconds"]) for r in lines)
+        by_seed = ", ".join(f"{loss:.4f}" for loss in losses)
+        print(f"| {name} | {lines[0]['parameters']:,} | {by_seed} | {mean[name]:.4f} | {seconds} |")
+    feedback = [r for r in runs if r["model"] == "feedback"]
+    spread = max(max(r["losses"][2:]) - min(r["losses"][2:]) for r in feedback)
+    checks = {
+        "at most 0.72M parameters": feedback[0]["parameters"] <= 720_000,
+        "loss <= 1.53": mean["feedback"] <= 1.53,
+        "0.02 below the control of its size": mean["feedback"] <= mean["control"] - 0.02,
+        "no worse than the large model": mean["feedback"] <= mean["large"],
+        f"within 0.01 of its best from 3 to 12 steps (largest gap {spread:.4f})": spread <= 0.01,
+    }
+    for sentence, reached in checks.items():
+        print(f"{'pass' if reached else 'FAIL'}  {sentence}")
+    return all(checks.values())
+
+
+def plot() -> None:
+    """Loss by number of feedback steps, with the feed-forward models as lines."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for r in finished():
+        if r["model"] == "feedback":
+            axes.plot(STEPS[2:], r["losses"][2:], marker="o", color="C0", alpha=0.7)
+        else:
+            axes.axhline(r["losses"][0], color="C1" if r["model"] == "control" else "C2", alpha=0.7)
+    for color, label in (("C0", "feedback"), ("C1", "control, same parameters"), ("C2", "feed-forward, 8 layers")):
+        axes.plot([], [], color=color, label=f"{label} (a line a seed)")
+    axes.set(
+        xlabel="feedback steps at evaluation", ylabel="validation loss, nats", title="Character-level Shakespeare"
+    )
+    axes.legend()
+    figure.savefig(RESULTS.with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["feedback", "control", "large"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    for seed in [] if arguments.report else arguments.seeds:
+        for name in arguments.models:
+            if not any(r["model"] == name and r["seed"] == seed for r in finished()):
+                line = run(name, seed)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    reached = report()
+    plot()
+    raise SystemExit(0 if reached else 1)
+
+
+if __name__ == "__main__":
+    main()

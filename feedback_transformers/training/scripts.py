@@ -1,0 +1,233 @@
+"""What training scripts share: arguments, data files, results. `examples/` is written with it.
+
+Flags are named as in the example scripts of transformers.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+from .. import data, hub
+from ..models.configuration_feedback import PRESETS, FeedbackConfig
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+BUILDERS = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}  # by the ending of a file
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str | None = field(
+        default=None, metadata={"help": f"One of {', '.join(data.DATASETS)}, or the id of a data set on the Hub."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
+    train_file: str | None = field(
+        default=None,
+        metadata={"help": "Your own data: txt, csv, tsv, json or jsonl; or a folder with one of images per class."},
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "As train_file; else a part of that is used."})
+    test_file: str | None = field(default=None, metadata={"help": "As train_file."})
+    validation_split_percentage: int = field(
+        default=10, metadata={"help": "How much of train is kept for validation where there is none."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many examples only."})
+    smoke: bool = field(default=False, metadata={"help": "A run of seconds, to see that everything works."})
+
+    def load(self, shuffle: bool = True) -> DatasetDict:
+        """The data set, with `train`, `validation` and perhaps `test`; files win over a name.
+
+        `shuffle`: whether a missing validation split is drawn at random, or is the end of train (texts, series).
+        """
+        from datasets import load_dataset
+
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        files = {split: name for split, name in files.items() if name is not None}
+        if files:
+            dataset = _load_files(files)
+        elif self.dataset_name is None:
+            raise ValueError("There is no data: give --dataset_name or --train_file.")
+        elif self.dataset_name in data.DATASETS:
+            dataset = data.load(self.dataset_name)
+        else:
+            dataset = load_dataset(self.dataset_name, self.dataset_config_name)
+        for split, rows in dataset.items():
+            if len(rows) == 0:
+                raise ValueError(f"The {split} data of {files.get(split, self.dataset_name)} has no examples.")
+        if "train" in dataset and "validation" not in dataset:
+            share = self.validation_split_percentage / 100
+            if len(dataset["train"]) * share < 1:
+                raise ValueError(
+                    f"{len(dataset['train'])} examples are too few to keep {self.validation_split_percentage} % of them "
+                    "for validation: give --validation_file."
+                )
+            parts = dataset["train"].train_test_split(share, shuffle=shuffle, seed=0)
+            dataset["train"], dataset["validation"] = parts["train"], parts["test"]
+        return dataset
+
+    def limit(self, dataset: DatasetDict) -> DatasetDict:
+        """At most `max_train_samples` and `max_eval_samples` of it."""
+        for split, rows in dataset.items():
+            most = self.max_train_samples if split == "train" else self.max_eval_samples
+            dataset[split] = rows if most is None else rows.select(range(min(most, len(rows))))
+        return dataset
+
+    @property
+    def source(self) -> str:
+        """What the data is called in a model card."""
+        return Path(self.train_file).name if self.train_file else self.dataset_name or "unknown"
+
+
+def _load_files(files: dict[str, str]) -> DatasetDict:
+    from datasets import DatasetDict, load_dataset
+
+    dataset = DatasetDict()
+    for split, name in files.items():
+        path = Path(name)
+        ending = path.suffix.lstrip(".").lower()
+        if not path.exists():
+            raise FileNotFoundError(f"{name} does not exist.")
+        if path.is_dir():
+            dataset[split] = load_dataset("imagefolder", data_dir=name, split="train")
+            continue
+        if ending not in BUILDERS:
+            raise ValueError(f"{name} ends in {ending!r}; it must be one of {', '.join(BUILDERS)}.")
+        if not path.read_bytes().strip():
+            raise ValueError(f"{name} is empty: there is nothing to learn from.")
+        options: dict[str, Any] = {"keep_linebreaks": True} if BUILDERS[ending] == "text" else {}
+        if ending == "tsv":
+            options = {"sep": "\t"}
+        dataset[split] = load_dataset(BUILDERS[ending], data_files=name, split="train", **options)
+    return dataset
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Go on from this checkpoint; without it, a new model is made."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the checkpoint."})
+    token: str | None = field(default=None, metadata={"help": "Access token of the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with the checkpoint."})
+    preset: str | None = field(default=None, metadata={"help": f"Architecture of a new model: {', '.join(PRESETS)}."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Fields of FeedbackConfig of a new model: hidden_size=256,feedback_type=gru"}
+    )
+    min_feedback_steps: int | None = field(
+        default=None, metadata={"help": "Train with a number of feedback steps drawn anew at every training step:"}
+    )
+    max_feedback_steps: int | None = field(default=None, metadata={"help": "the least and the most of them."})
+
+    @property
+    def hub_options(self) -> dict[str, Any]:
+        """For every from_pretrained of the checkpoint."""
+        options = {"revision": self.model_revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
+        return {name: value for name, value in options.items() if value}
+
+    def config(self, architecture: dict[str, Any], **sizes: Any) -> FeedbackConfig:
+        """The config of a new model: `sizes`, then the preset or else `architecture`, then the overrides."""
+        if self.preset is not None and self.preset not in PRESETS:
+            raise ValueError(f"Unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}.")
+        chosen = architecture if self.preset is None else PRESETS[self.preset]
+        return FeedbackConfig(**{**sizes, **chosen, **overrides(self.config_overrides)})
+
+
+def overrides(text: str | None) -> dict[str, Any]:
+    """ "hidden_size=256,is_causal=false,solver=jacobi" -> {"hidden_size": 256, "is_causal": False, "solver": "jacobi"}"""
+    result: dict[str, Any] = {}
+    for pair in filter(None, (text or "").split(",")):
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or name not in {f.name for f in fields(FeedbackConfig)}:
+            raise ValueError(
+                f"{pair!r} in config_overrides is not of the form name=value, with a name of FeedbackConfig."
+            )
+        try:
+            result[name] = ast.literal_eval(value.title() if value in ("true", "false", "none") else value)
+        except (ValueError, SyntaxError):
+            result[name] = value
+    return result
+
+
+def parse(
+    types: Sequence[Any],
+    arguments: Sequence[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+    smoke: dict[str, Any] | None = None,
+) -> tuple[Any, ...]:
+    """The dataclasses `types`, filled from the command line, or from the one .json file that it names.
+
+    `defaults` replace those of the dataclasses, and so does `smoke` with --smoke; what is given wins over both.
+    """
+    parser = HfArgumentParser(types)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    defaults = defaults or {}
+    if len(given) == 1 and given[0].endswith(".json"):
+        values = json.loads(Path(given[0]).read_text(encoding="utf-8"))
+        return parser.parse_dict({**defaults, **(smoke or {} if values.get("smoke") else {}), **values})
+    parser.set_defaults(**defaults)
+    if parser.parse_known_args(given)[0].smoke:
+        parser.set_defaults(**(smoke or {}))
+    return parser.parse_args_into_dataclasses(given)
+
+
+def command(script: str, arguments: Sequence[str] | None = None) -> str:
+    """How `script` was called, for the model card."""
+    return shlex.join(["python", f"examples/{Path(script).name}", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def resume(args: TrainingArguments) -> str | bool | None:
+    """What Trainer.train wants: a checkpoint, or True for the last one of output_dir."""
+    given = args.resume_from_checkpoint
+    return given.lower() == "true" if given and given.lower() in ("true", "false") else given
+
+
+def record(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
+    """Prints the metrics and writes them to {split}_results.json and all_results.json in output_dir."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    trainer.save_state()
+
+
+def publish(trainer: Trainer, processor: Any, results: dict[str, float], **card: Any) -> None:
+    """Writes the model and its card to output_dir, and with --push_to_hub to the Hub too."""
+    args = trainer.args
+    if not trainer.is_world_process_zero():
+        return
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    push = args.hub_model_id or Path(str(args.output_dir)).name if args.push_to_hub else None
+    publish_model(model, str(args.output_dir), processor, results, push, args.hub_token, **card)
+
+
+def publish_model(
+    model: Any,
+    folder: str,
+    processor: Any,
+    results: dict[str, float],
+    push: str | None,
+    token: str | None,
+    **card: Any,
+) -> None:
+    """hub.export; and where `push` names a repository, an upload without checkpoints and logs."""
+    from huggingface_hub import HfApi
+
+    hub.export(model, folder, processor=processor, results=results, **card)
+    print(f"Model, processor and card are in {folder}")
+    if push:
+        api = HfApi(token=token)
+        repository = api.create_repo(push, exist_ok=True).repo_id
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="End of training",
+            ignore_patterns=["checkpoint-*", "step_*", "runs/*", "*.bin", "_*"],
+        )
