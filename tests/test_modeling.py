@@ -37,7 +37,6 @@ from feedback_transformers.models.configuration_feedback import BACKBONE_TYPES, 
 # What the combinations don't contain; the shared body runs over these too.
 VARIANTS = {
     **{f"preset-{name}": {**fields, "num_feedback_layers": 2} for name, fields in PRESETS.items()},
-    "memory-interval": {**PRESETS["feedback-transformer"], "num_feedback_layers": 2, "feedback_interval": 3},
     "memory-none": {**PRESETS["feedback-transformer"], "feedback_signal": "none"},
     "share-encoder-decoder": {"share_encoder_decoder": True, "feedback_signal": "output"},
     "share-encoder-decoder-time": {"share_encoder_decoder": True, "feedback_axis": "time", "feedback_type": "gru"},
@@ -114,10 +113,10 @@ def cached_equals_uncached(fields: dict) -> None:
 
 
 def pad(batch: torch.Tensor, lengths: list[int], where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T] -> each row cut to its length and padded to T + 2, with tokens that would be seen if they were read."""
+    """[B, T] -> each row cut to its length and padded to T + 3, with tokens that would be seen if they were read."""
     rows, masks = [], []
     for row, length in zip(batch, lengths, strict=True):
-        mask = torch.zeros(batch.shape[1] + 2, dtype=torch.long)
+        mask = torch.zeros(batch.shape[1] + 3, dtype=torch.long)
         if where == "left":
             mask[-length:] = 1
         elif where == "right":
@@ -204,4 +203,14 @@ def test_causal(fields):
 
 @each_combination
 def test_generates(fields):
+    generates(fields)
+
+
+@each_variant
+def test_variant(fields, tmp_path):
+    learns(fields)
+    saves_and_loads(fields, tmp_path)
+    cached_equals_uncached(fields)
+    padding_changes_nothing(fields)
+    causal(fields)
     generates(fields)

@@ -338,6 +338,10 @@ class FeedbackConfig(PreTrainedConfig):
                 "use a Llama-shaped backbone_config instead of gpt2.",
             ),
             (
+                self.feedback_connection == "memory" and self.feedback_interval > 1,
+                "feedback_connection='memory' is written at every position; set feedback_interval=1.",
+            ),
+            (
                 self.feedback_connection == "memory" and self.feedback_signal == "output",
                 "feedback_connection='memory' feeds back layer states; use feedback_signal='state'.",
             ),

@@ -76,7 +76,7 @@ class MemoryTransformerCell(TransformerCell):
     m_t = Σ_l softmax(w)_l x_t^l    x_t^{l+1} = layer_l(x_t^l, keys and values of m_{<t})
 
     All layers read one memory, whose keys and values are computed once, by the projections of the first layer;
-    beside it a position sees itself, and, with a feedback interval, the earlier positions of its own chunk.
+    beside it a position sees itself.
     """
 
     def __init__(self, config: FeedbackConfig) -> None:

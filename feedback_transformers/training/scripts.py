@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from .. import data, hub
@@ -170,7 +171,9 @@ def parse(
     """
     parser = HfArgumentParser(types)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    defaults = defaults or {}
+    defaults = dict(defaults or {})
+    if any(issubclass(kind, TrainingArguments) for kind in types):
+        defaults.setdefault("dataloader_pin_memory", torch.accelerator.is_available())  # else PyTorch warns
     if len(given) == 1 and given[0].endswith(".json"):
         values = json.loads(Path(given[0]).read_text(encoding="utf-8"))
         return parser.parse_dict({**defaults, **(smoke or {} if values.get("smoke") else {}), **values})

@@ -1,0 +1,153 @@
+"""Trains a feedback language model, or trains one further, with the stock Trainer.
+
+    python examples/run_clm.py                                   # Shakespeare, character by character
+    python examples/run_clm.py --tokenizer bpe --train_file my.txt --config_overrides hidden_size=256
+    python examples/run_clm.py --model_name_or_path runs/clm --dataset_name python-docs --output_dir runs/more
+    python examples/run_clm.py arguments.json
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import DatasetDict
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+from feedback_transformers import data
+from feedback_transformers.training import SampleFeedbackSteps, StopOnNonFinite, scripts
+
+# Feedback from the position before, solved by passes in parallel: the loop of `num_feedback_steps` that is sampled.
+ARCHITECTURE = {
+    "feedback_axis": "time",
+    "solver": "jacobi",
+    "solver_steps": 4,
+    "num_encoder_layers": 1,
+    "num_feedback_layers": 2,
+    "num_decoder_layers": 1,
+}
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/clm",
+    "dataset_name": "shakespeare",
+    "do_train": True,
+    "do_eval": True,
+    "max_steps": 3000,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "logging_steps": 50,
+    "min_feedback_steps": 3,
+    "max_feedback_steps": 6,
+}
+SMOKE: dict[str, Any] = {
+    "output_dir": "runs/smoke/clm",
+    "max_steps": 4,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "block_size": 32,
+    "max_train_samples": 64,
+    "max_eval_samples": 16,
+    "per_device_train_batch_size": 4,
+    "config_overrides": "hidden_size=32,intermediate_size=64",
+}
+
+
+@dataclass
+class TextArguments(scripts.DataArguments):
+    text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
+    tokenizer: str = field(
+        default="characters", metadata={"help": "Of a new model: characters, bpe, or the name of a pretrained one."}
+    )
+    vocab_size: int = field(default=2048, metadata={"help": "Of a new bpe tokenizer."})
+    block_size: int = field(default=128, metadata={"help": "Tokens per training example."})
+
+
+def prepare(
+    model_args: scripts.ModelArguments, text_args: TextArguments
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DatasetDict]:
+    """The model, its tokenizer, and blocks of tokens. Also what the other examples of language models begin with."""
+    texts = text_args.load(shuffle=False)
+    checkpoint, options = model_args.model_name_or_path, model_args.hub_options
+    if checkpoint:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    else:
+        train = texts["train"][text_args.text_column]
+        if text_args.tokenizer == "characters":
+            tokenizer = data.characters(train)
+        elif text_args.tokenizer == "bpe":
+            tokenizer = data.subwords(train, text_args.vocab_size)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(text_args.tokenizer)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model = AutoModelForCausalLM.from_config(
+            model_args.config(ARCHITECTURE, **SIZES, vocab_size=len(tokenizer), **ids)
+        )
+    blocks = data.blocks(texts, tokenizer, text_args.block_size, text_args.text_column)
+    return model, tokenizer, text_args.limit(blocks)
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    types = (scripts.ModelArguments, TextArguments, TrainingArguments)
+    model_args, text_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
+    set_seed(training_args.seed)
+    model, tokenizer, blocks = prepare(model_args, text_args)
+    print(f"{model.num_parameters():,} parameters, {len(blocks['train']):,} blocks of {text_args.block_size} tokens")
+
+    trainer = Trainer(
+        model,
+        training_args,
+        train_dataset=blocks["train"],
+        eval_dataset=blocks["validation"],
+        processing_class=tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[StopOnNonFinite()],
+    )
+    trainer.args.prediction_loss_only = True  # the logits of a whole validation set are large
+    if model_args.min_feedback_steps and model_args.max_feedback_steps:
+        trainer.add_callback(SampleFeedbackSteps(model_args.min_feedback_steps, model_args.max_feedback_steps))
+
+    metrics = {}
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
+        scripts.record(trainer, "train", result.metrics)
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        metrics["perplexity"] = math.exp(metrics["eval_loss"])
+        scripts.record(trainer, "eval", metrics)
+
+    scripts.publish(
+        trainer,
+        tokenizer,
+        {name: metrics[name] for name in ("eval_loss", "perplexity") if name in metrics},
+        name="Feedback language model",
+        dataset=text_args.source,
+        description=f"Trained on {text_args.source} in blocks of {text_args.block_size} tokens.",
+        command=scripts.command(__file__, arguments),
+    )
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

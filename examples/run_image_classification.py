@@ -1,0 +1,200 @@
+"""Classifies images by looking at them several times: a convolutional cell that feeds its state back.
+
+    python examples/run_image_classification.py                  # MNIST-5k: 98 % in five minutes on two CPU cores
+    python examples/run_image_classification.py --train_file my_images --config_overrides image_size=64,patch_size=8
+
+The loss is taken after every feedback step (supervision="all"), so the answer is there early and gets better: the
+accuracy of each step is printed, and drawn in accuracy_per_step.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from transformers import (
+    AutoModelForImageClassification,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from feedback_transformers import FeedbackForImageClassification, metrics, visualize
+from feedback_transformers.training import StopOnNonFinite, scripts
+
+ARCHITECTURE = {
+    "feedback_axis": "depth",
+    "feedback_type": "conv",
+    "feedback_connection": "gate",
+    "encoder_type": "cnn",
+    "decoder_type": "mlp",
+    "num_encoder_layers": 1,
+    "num_feedback_layers": 1,
+    "num_decoder_layers": 1,
+    "num_feedback_steps": 4,
+    "supervision": "all",
+}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "image_size": 28, "patch_size": 2, "num_channels": 1}
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/image-classification",
+    "dataset_name": "mnist-5k",
+    "do_train": True,
+    "do_eval": True,
+    "do_predict": True,
+    "num_train_epochs": 20,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 250,
+    "learning_rate": 4e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.05,
+    "label_smoothing_factor": 0.0,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "logging_steps": 50,
+    "remove_unused_columns": False,  # the pixels are made of the image column
+}
+SMOKE: dict[str, Any] = {
+    "output_dir": "runs/smoke/image-classification",
+    "max_steps": 2,
+    "max_train_samples": 32,
+    "max_eval_samples": 20,
+    "per_device_train_batch_size": 16,
+    "logging_steps": 1,
+    "config_overrides": "hidden_size=16,intermediate_size=32",
+}
+
+
+@dataclass
+class ImageArguments(scripts.DataArguments):
+    image_column: str = field(default="image", metadata={"help": "The column that holds the images."})
+    label_column: str = field(default="label", metadata={"help": "The column that holds the classes."})
+    max_shift: int = field(default=2, metadata={"help": "In training, move images by up to so many pixels."})
+
+
+def pixels(images: list, processor: ViTImageProcessorPil, channels: int) -> torch.Tensor:
+    """PIL images -> [B, C, H, W]"""
+    mode = "L" if channels == 1 else "RGB"
+    arrays = [np.atleast_3d(np.asarray(image.convert(mode))) for image in images]
+    return processor(arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+
+
+def shifted(images: torch.Tensor, most: int) -> torch.Tensor:
+    """Each of the images [B, C, H, W] moved by up to `most` pixels, its edge repeated."""
+    size = images.shape[-2:]
+    padded = torch.nn.functional.pad(images, (most,) * 4, mode="replicate")
+    corners = torch.randint(0, 2 * most + 1, (len(images), 2)).tolist()
+    return torch.stack(
+        [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(padded, corners, strict=True)]
+    )
+
+
+@torch.no_grad()
+def accuracy_per_step(model: FeedbackForImageClassification, dataset: Dataset, collate: Callable) -> list[float]:
+    """The share of right answers after each feedback step."""
+    model.eval()
+    right, count = 0, 0
+    for start in range(0, len(dataset), 250):
+        batch = collate([dataset[i] for i in range(start, min(start + 250, len(dataset)))])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        outputs = model(batch["pixel_values"], output_feedback_states=True)
+        logits = torch.stack(model.step_logits(outputs))  # [K, B, L]
+        right = right + (logits.argmax(-1) == batch["labels"]).sum(dim=1)
+        count += len(batch["labels"])
+    return (torch.as_tensor(right) / count).tolist()
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    types = (scripts.ModelArguments, ImageArguments, TrainingArguments)
+    model_args, image_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
+    set_seed(training_args.seed)
+    dataset = image_args.limit(image_args.load())
+    labels = dataset["train"].features[image_args.label_column]
+    if not isinstance(labels, ClassLabel):
+        raise ValueError(f"The column {image_args.label_column!r} holds no class labels: give --label_column.")
+
+    if model_args.model_name_or_path:
+        checkpoint, options = model_args.model_name_or_path, model_args.hub_options
+        model = AutoModelForImageClassification.from_pretrained(checkpoint, **options)
+    else:
+        names = dict(enumerate(labels.names))
+        config = model_args.config(
+            ARCHITECTURE,
+            **SIZES,
+            embedding_type="patches",
+            is_causal=False,
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+        )
+        model = AutoModelForImageClassification.from_config(config)
+    config = model.config
+    size = {"height": config.image_size, "width": config.image_size}
+    half = [0.5] * config.num_channels
+    processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
+    print(f"{model.num_parameters():,} parameters, {len(dataset['train']):,} images of {len(labels.names)} classes")
+
+    def transform(rows: dict[str, list], shift: int = 0) -> dict[str, Any]:
+        images = pixels(rows[image_args.image_column], processor, config.num_channels)
+        return {
+            "pixel_values": shifted(images, shift) if shift else images,
+            "labels": rows[image_args.label_column],
+        }
+
+    still = {split: rows.with_transform(transform) for split, rows in dataset.items()}
+    moving = dataset["train"].with_transform(lambda rows: transform(rows, image_args.max_shift))
+    accuracy = metrics.load("accuracy")
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return accuracy.compute(
+            predictions=np.argmax(prediction.predictions, axis=-1), references=prediction.label_ids
+        )
+
+    trainer = Trainer(
+        model,
+        training_args,
+        train_dataset=moving,
+        eval_dataset=still["validation"],
+        processing_class=processor,
+        data_collator=default_data_collator,
+        compute_metrics=compute_metrics,
+        callbacks=[StopOnNonFinite()],
+    )
+    results = {}
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
+        scripts.record(trainer, "train", result.metrics)
+    if training_args.do_eval:
+        results = trainer.evaluate()
+        scripts.record(trainer, "eval", results)
+    if training_args.do_predict and "test" in still:
+        results = trainer.predict(still["test"]).metrics
+        steps = accuracy_per_step(model, still["test"], default_data_collator)
+        for step, share in enumerate(steps, start=1):
+            results[f"test_accuracy_step_{step}"] = share
+        picture = Path(training_args.output_dir) / "accuracy_per_step.png"
+        visualize.accuracy_per_step({"test": steps}, picture)
+        scripts.record(trainer, "test", results)
+
+    scripts.publish(
+        trainer,
+        processor,
+        {name: value for name, value in results.items() if "accuracy" in name},
+        name="Feedback image classifier",
+        dataset=image_args.source,
+        description=f"Classifies the images of {image_args.source}; every feedback step is another look.",
+        command=scripts.command(__file__, arguments),
+    )
+    return results
+
+
+if __name__ == "__main__":
+    main()
