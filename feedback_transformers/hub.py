@@ -1,7 +1,7 @@
 """Sharing: a folder that loads anywhere with `trust_remote_code=True`, with a card of measured results.
 
 The code and the complete auto_map go along with every `save_pretrained` and `push_to_hub` (see
-FeedbackPreTrainedModel.save_pretrained); `export` adds the processor and the card.
+FeedbackConfig.save_pretrained); `export` adds the processor and the card.
 """
 
 from __future__ import annotations

@@ -8,6 +8,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
+from pathlib import Path
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -223,6 +226,13 @@ class FeedbackConfig(PreTrainedConfig):
         self.backbone_config = self._backbone(self.backbone_config)
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the model code goes along, so that a checkpoint loads where this package is not."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        for file in Path(__file__).parent.glob("*.py"):
+            if file.name != "__init__.py" and file.parent != Path(save_directory).resolve():
+                shutil.copyfile(file, Path(save_directory) / file.name)
 
     def _backbone(self, given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
         """The config of the borrowed layers; what `given` names is copied here, the rest comes from here."""

@@ -76,6 +76,8 @@ class TransformerStack(nn.Module):
         if not self.causal:
             return create_bidirectional_mask(self.backbone, x, context.mask)
         window = getattr(self.backbone, "sliding_window", None)
+        if window is None and context.key_mask is None and x.shape[1] == 1:
+            return None  # one query sees every key
         create: Any = create_causal_mask if window is None else create_sliding_window_causal_mask
         return create(self.backbone, x, context.key_mask, MaskSizes(context.offset))
 

@@ -61,9 +61,9 @@ class FeedbackLoop(nn.Module):
         config, num_steps = self.config, self.num_steps if num_steps is None else num_steps
         if num_steps is not None and num_steps < 1:
             raise ValueError(f"num_feedback_steps is {num_steps}; it must be at least 1.")
+        if config.feedback_signal == "none" and config.feedback_type not in RECURRENT_TYPES:
+            return 1  # nothing is fed back: every pass would be the same
         if config.feedback_axis == "depth":
-            if config.feedback_signal == "none" and config.feedback_type not in RECURRENT_TYPES:
-                return 1  # every pass would be the same
             return num_steps or config.num_feedback_steps
         if config.solver == "jacobi" and config.feedback_signal != "none":
             return num_steps or config.solver_steps
@@ -116,8 +116,8 @@ class FeedbackLoop(nn.Module):
                     if last or every_step:
                         states.append(h)
                         outputs.append(y)
-                if last and config.feedback_axis == "depth":
-                    break
+                if config.feedback_signal == "none" or (last and config.feedback_axis == "depth"):
+                    continue  # no later pass or call reads it
                 signal = h if config.feedback_signal != "output" or y is None else embed_output(y)
                 if config.feedback_axis == "time":
                     signal = self.previous(signal, context.at("signal", step))
@@ -182,7 +182,7 @@ class FeedbackLoop(nn.Module):
             interval = self.config.feedback_interval
             offsets = {0} if interval == 1 else set((-context.count % interval).tolist())
             bounds.update(start for offset in offsets for start in range(offset, length, interval))
-        if self.config.gradient_steps:
+        if self.config.gradient_steps and torch.is_grad_enabled():
             bounds.update(range(0, length, self.config.gradient_steps))
         starts = sorted(bounds)
         return list(zip(starts, starts[1:], strict=False))

@@ -5,10 +5,8 @@ Shapes: B batch, T positions, D hidden size, V vocabulary, L labels, K feedback 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -90,14 +88,6 @@ class FeedbackPreTrainedModel(PreTrainedModel):
             for layer in loop.cell.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.gradient_checkpointing = False
-
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the model code goes along, so that the checkpoint loads where this package is not."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
-            for file in Path(__file__).parent.glob("*.py"):
-                if file.name != "__init__.py" and file.parent != Path(save_directory).resolve():
-                    shutil.copyfile(file, Path(save_directory) / file.name)
 
     def reads(self, embedding_type: str, causal: bool | None = None) -> None:
         """Refuses a config that this head can't use."""

@@ -1,0 +1,163 @@
+"""Forecasts a series: every forecast value is fed back as the next input, for as many steps ahead as wanted.
+
+    python examples/run_forecasting.py                           # hourly electricity, 24 hours ahead
+    python examples/run_forecasting.py --train_file my.csv --value_column sales --context_length 28 \
+        --prediction_length 7 --season 7
+
+The error is the MASE, against that of repeating the last day and the last week on the same test windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction, Trainer, TrainingArguments, set_seed
+
+from feedback_transformers import data, metrics
+from feedback_transformers.training import StopOnNonFinite, scripts
+
+ARCHITECTURE = {
+    "feedback_axis": "depth",
+    "feedback_type": "transformer",
+    "feedback_connection": "gate",
+    "num_feedback_steps": 3,
+    "num_encoder_layers": 1,
+    "num_feedback_layers": 1,
+    "num_decoder_layers": 1,
+}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "runs/forecasting",
+    "dataset_name": "electricity",
+    "do_train": True,
+    "do_eval": True,
+    "do_predict": True,
+    "max_steps": 1500,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 128,
+    "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.05,
+    "adam_beta2": 0.98,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "save_steps": 500,
+    "save_total_limit": 1,
+    "logging_steps": 50,
+    "label_names": ["future_values"],
+}
+SMOKE: dict[str, Any] = {
+    "output_dir": "runs/smoke/forecasting",
+    "max_steps": 2,
+    "max_train_samples": 16,
+    "max_eval_samples": 4,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "config_overrides": "hidden_size=16,intermediate_size=32",
+}
+
+
+@dataclass
+class SeriesArguments(scripts.DataArguments):
+    value_column: str = field(default="value", metadata={"help": "The column that holds the series, in order of time."})
+    context_length: int = field(default=168, metadata={"help": "Steps of the past that a forecast is made from."})
+    prediction_length: int = field(default=24, metadata={"help": "Steps ahead."})
+    season: int = field(default=24, metadata={"help": "The period of MASE and of the first naive forecast."})
+    long_season: int = field(default=168, metadata={"help": "The period of the second naive forecast."})
+    train_stride: int = field(default=1, metadata={"help": "A training window starts at every so many steps."})
+    eval_stride: int = field(default=24, metadata={"help": "And so does a test window."})
+
+
+def windows(series: DatasetDict, arguments: SeriesArguments) -> DatasetDict:
+    """past_values and future_values; the windows of a split lie inside it."""
+    return DatasetDict(
+        {
+            split: data.windows(
+                rows[arguments.value_column],
+                arguments.context_length,
+                arguments.prediction_length,
+                arguments.train_stride if split == "train" else arguments.eval_stride,
+            )
+            for split, rows in series.items()
+        }
+    )
+
+
+def naive(dataset: Dataset, season: int, length: int) -> np.ndarray | None:
+    """The seasonal naive forecast [N, length]: what was `season` steps before; None where the past is too short."""
+    past = np.asarray(dataset["past_values"])
+    if not 0 < season <= past.shape[1]:
+        return None
+    return np.tile(past[:, -season:], (1, -(-length // season)))[:, :length]
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
+    types = (scripts.ModelArguments, SeriesArguments, TrainingArguments)
+    model_args, series_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
+    set_seed(training_args.seed)
+    series = series_args.load(shuffle=False)
+    dataset = series_args.limit(windows(series, series_args))
+
+    if model_args.model_name_or_path:
+        checkpoint, options = model_args.model_name_or_path, model_args.hub_options
+        model = AutoModelForTimeSeriesPrediction.from_pretrained(checkpoint, **options)
+    else:
+        config = model_args.config(
+            ARCHITECTURE, **SIZES, embedding_type="values", prediction_length=series_args.prediction_length
+        )
+        model = AutoModelForTimeSeriesPrediction.from_config(config)
+    print(f"{model.num_parameters():,} parameters, {len(dataset['train']):,} windows")
+
+    history = series["train"][series_args.value_column]
+    mase = metrics.load("mase")
+
+    def error(predictions: np.ndarray, references: np.ndarray) -> float:
+        values = {"predictions": predictions, "references": references}
+        return mase.compute(**values, training=list(history), periodicity=series_args.season)["mase"]
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        return {"mase": error(prediction.predictions, prediction.label_ids)}
+
+    trainer = Trainer(
+        model,
+        training_args,
+        train_dataset=dataset["train"].with_format("torch"),
+        eval_dataset=dataset["validation"].with_format("torch"),
+        compute_metrics=compute_metrics,
+        callbacks=[StopOnNonFinite()],
+    )
+    results = {}
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
+        scripts.record(trainer, "train", result.metrics)
+    if training_args.do_eval:
+        results = trainer.evaluate()
+        scripts.record(trainer, "eval", results)
+    if training_args.do_predict and "test" in dataset:
+        test = dataset["test"]
+        results = trainer.predict(test.with_format("torch")).metrics
+        for season in (series_args.season, series_args.long_season):
+            forecast = naive(test, season, series_args.prediction_length)
+            if forecast is not None:
+                results[f"test_mase_naive_{season}"] = error(forecast, np.asarray(test["future_values"]))
+        scripts.record(trainer, "test", results)
+
+    scripts.publish(
+        trainer,
+        None,
+        {name: value for name, value in results.items() if "mase" in name},
+        name="Feedback forecaster",
+        dataset=series_args.source,
+        description=f"Forecasts {series_args.source}, {series_args.prediction_length} steps ahead.",
+        command=scripts.command(__file__, arguments),
+    )
+    return results
+
+
+if __name__ == "__main__":
+    main()
