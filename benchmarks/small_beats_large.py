@@ -48,7 +48,7 @@ FEEDBACK: dict[str, Any] = {
     "gradient_steps": 3,
 }
 # The best of the same grid for each model; benchmarks/LOG.md has the grid.
-RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 1e-2, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
+RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 7e-3, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
 SAMPLED = (3, 6)  # feedback steps in training, uniform
 
 

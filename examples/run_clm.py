@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from datasets import DatasetDict
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from feedback_transformers import data
-from feedback_transformers.training import SampleFeedbackSteps, StopOnNonFinite, scripts
+from feedback_transformers.training import MuonAdamW, SampleFeedbackSteps, StopOnNonFinite, scripts
 
 # Feedback from the position before, solved by passes in parallel: the loop of `num_feedback_steps` that is sampled.
 ARCHITECTURE = {
@@ -36,21 +37,23 @@ ARCHITECTURE = {
     "num_encoder_layers": 1,
     "num_feedback_layers": 2,
     "num_decoder_layers": 1,
+    "gradient_steps": 3,
 }
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4}
+SIZES = {"hidden_size": 128, "intermediate_size": 248, "num_attention_heads": 4, "tie_word_embeddings": False}
+EMBEDDING_STD = 0.5  # with a readout of its own; a tied one needs small embeddings
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/clm",
     "dataset_name": "shakespeare",
     "do_train": True,
     "do_eval": True,
     "max_steps": 3000,
-    "per_device_train_batch_size": 16,
+    "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 64,
     "learning_rate": 3e-3,
+    "muon_learning_rate": 1e-2,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.1,
-    "adam_beta2": 0.95,
     "eval_strategy": "steps",
     "eval_steps": 500,
     "save_steps": 500,
@@ -81,6 +84,9 @@ class TextArguments(scripts.DataArguments):
     )
     vocab_size: int = field(default=2048, metadata={"help": "Of a new bpe tokenizer."})
     block_size: int = field(default=128, metadata={"help": "Tokens per training example."})
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Train matrices with Muon at this rate, and the rest with AdamW."}
+    )
 
 
 def prepare(
@@ -104,8 +110,17 @@ def prepare(
         model = AutoModelForCausalLM.from_config(
             model_args.config(ARCHITECTURE, **SIZES, vocab_size=len(tokenizer), **ids)
         )
+        if not model.config.tie_word_embeddings:
+            torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
     blocks = data.blocks(texts, tokenizer, text_args.block_size, text_args.text_column)
     return model, tokenizer, text_args.limit(blocks)
+
+
+def optimizer(model: torch.nn.Module, text_args: TextArguments, lr: float, weight_decay: float) -> MuonAdamW | None:
+    """Muon with AdamW; None where its rate is zero or not given."""
+    if not text_args.muon_learning_rate:
+        return None
+    return MuonAdamW(model, lr=lr, muon_lr=text_args.muon_learning_rate, weight_decay=weight_decay)
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -123,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=default_data_collator,
         callbacks=[StopOnNonFinite()],
+        optimizers=(optimizer(model, text_args, training_args.learning_rate, training_args.weight_decay), None),
     )
     trainer.args.prediction_loss_only = True  # the logits of a whole validation set are large
     if model_args.min_feedback_steps and model_args.max_feedback_steps:

@@ -78,7 +78,9 @@ SMOKE: dict[str, Any] = {
 class ImageArguments(scripts.DataArguments):
     image_column: str = field(default="image", metadata={"help": "The column that holds the images."})
     label_column: str = field(default="label", metadata={"help": "The column that holds the classes."})
-    max_shift: int = field(default=2, metadata={"help": "In training, move images by up to so many pixels."})
+    max_shift: float = field(default=2, metadata={"help": "In training, move images by up to so many pixels,"})
+    max_turn: float = field(default=10, metadata={"help": "turn them by up to so many degrees,"})
+    max_scale: float = field(default=0.1, metadata={"help": "and resize them by up to this share."})
 
 
 def pixels(images: list, processor: ViTImageProcessorPil, channels: int) -> torch.Tensor:
@@ -88,14 +90,16 @@ def pixels(images: list, processor: ViTImageProcessorPil, channels: int) -> torc
     return processor(arrays, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
 
 
-def shifted(images: torch.Tensor, most: int) -> torch.Tensor:
-    """Each of the images [B, C, H, W] moved by up to `most` pixels, its edge repeated."""
-    size = images.shape[-2:]
-    padded = torch.nn.functional.pad(images, (most,) * 4, mode="replicate")
-    corners = torch.randint(0, 2 * most + 1, (len(images), 2)).tolist()
-    return torch.stack(
-        [image[:, y : y + size[0], x : x + size[1]] for image, (y, x) in zip(padded, corners, strict=True)]
-    )
+def moved(images: torch.Tensor, shift: float, turn: float, scale: float) -> torch.Tensor:
+    """Each of the images [B, C, H, W] moved by up to `shift` pixels, turned by up to `turn` degrees, resized by up to
+    `scale`; the edge is repeated."""
+    angle, size, x, y = torch.empty(4, len(images)).uniform_(-1, 1)
+    angle, size = torch.deg2rad(turn * angle), 1 + scale * size
+    x, y = 2 * shift / images.shape[-1] * x, 2 * shift / images.shape[-2] * y
+    cos, sin = angle.cos() * size, angle.sin() * size
+    maps = torch.stack([torch.stack([cos, -sin, x], dim=1), torch.stack([sin, cos, y], dim=1)], dim=1)
+    grid = torch.nn.functional.affine_grid(maps, list(images.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 @torch.no_grad()
@@ -142,15 +146,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
     print(f"{model.num_parameters():,} parameters, {len(dataset['train']):,} images of {len(labels.names)} classes")
 
-    def transform(rows: dict[str, list], shift: int = 0) -> dict[str, Any]:
+    def still(rows: dict[str, list]) -> dict[str, Any]:
         images = pixels(rows[image_args.image_column], processor, config.num_channels)
-        return {
-            "pixel_values": shifted(images, shift) if shift else images,
-            "labels": rows[image_args.label_column],
-        }
+        return {"pixel_values": images, "labels": rows[image_args.label_column]}
 
-    still = {split: rows.with_transform(transform) for split, rows in dataset.items()}
-    moving = dataset["train"].with_transform(lambda rows: transform(rows, image_args.max_shift))
+    def moving(rows: dict[str, list]) -> dict[str, Any]:
+        batch = still(rows)
+        most = (image_args.max_shift, image_args.max_turn, image_args.max_scale)
+        return {**batch, "pixel_values": moved(batch["pixel_values"], *most)}
+
+    inputs = {split: rows.with_transform(moving if split == "train" else still) for split, rows in dataset.items()}
     accuracy = metrics.load("accuracy")
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -161,8 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     trainer = Trainer(
         model,
         training_args,
-        train_dataset=moving,
-        eval_dataset=still["validation"],
+        train_dataset=inputs["train"],
+        eval_dataset=inputs["validation"],
         processing_class=processor,
         data_collator=default_data_collator,
         compute_metrics=compute_metrics,
@@ -175,9 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if training_args.do_eval:
         results = trainer.evaluate()
         scripts.record(trainer, "eval", results)
-    if training_args.do_predict and "test" in still:
-        results = trainer.predict(still["test"]).metrics
-        steps = accuracy_per_step(model, still["test"], default_data_collator)
+    if training_args.do_predict and "test" in inputs:
+        results = trainer.predict(inputs["test"]).metrics
+        steps = accuracy_per_step(model, inputs["test"], default_data_collator)
         for step, share in enumerate(steps, start=1):
             results[f"test_accuracy_step_{step}"] = share
         picture = Path(training_args.output_dir) / "accuracy_per_step.png"

@@ -94,7 +94,7 @@ def predictions_over_steps(
     probabilities, choices, targets = probabilities[:, -last:], choices[:, -last:], targets[-last:]
     rows, columns = probabilities.shape
     figure, axes = _figure(1.4 + 0.28 * columns, 1.3 + 0.34 * rows)
-    image = axes.imshow(probabilities, cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
+    image = axes.imshow(probabilities.numpy(), cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
     for row in range(rows):
         for column in range(columns):
             token, right = choices[row, column].item(), choices[row, column] == targets[column]

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
+from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM
 from feedback_transformers.models.feedback_cells import CELLS
 from feedback_transformers.models.feedback_decoders import DECODERS
 from feedback_transformers.models.feedback_encoders import ENCODERS
@@ -125,6 +125,7 @@ def name_of(fields: dict) -> str:
     return "-".join([*parts, axis, fields["feedback_signal"], fields["feedback_connection"]])
 
 
+PRESETS_MEMORY = {**PRESETS["feedback-transformer"], "num_feedback_layers": 2}
 COMBINATIONS = combinations()
 each_combination = pytest.mark.parametrize("fields", COMBINATIONS, ids=name_of)
 each_cell = pytest.mark.parametrize("cell", list(CELLS))

@@ -32,6 +32,7 @@ from feedback_transformers import (
     FeedbackForTokenClassification,
     FeedbackModel,
 )
+from feedback_transformers.models.feedback_cells import CELLS
 from feedback_transformers.models.configuration_feedback import BACKBONE_TYPES, MODELING, RECURRENT_TYPES
 
 # What the combinations don't contain; the shared body runs over these too.
@@ -214,3 +215,575 @@ def test_variant(fields, tmp_path):
     padding_changes_nothing(fields)
     causal(fields)
     generates(fields)
+
+
+# The loop
+
+
+@each_cell
+@pytest.mark.parametrize("signal", ["state", "output"])
+def test_feedback_is_read(cell, signal):
+    """What was predicted before changes what is predicted now, through the connection and not only through the cell."""
+    for axis in ("time", "depth"):
+        model = build(feedback_type=cell, feedback_signal=signal, feedback_axis=axis)
+        batch = tokens()
+        with torch.no_grad():
+            before = model(batch).logits
+            model.model.loop.connection.signal_proj.weight.zero_()
+            assert (model(batch).logits - before).abs().max() > 0.01
+
+
+@each_cell
+@pytest.mark.parametrize("connection", ["gate", "add", "concat"])
+def test_none_is_a_control_of_the_same_size(cell, connection):
+    for axis in ("time", "depth"):
+        fields = {"feedback_type": cell, "feedback_connection": connection, "feedback_axis": axis}
+        fed, control = build(**fields), build(feedback_signal="none", **fields)
+        assert fed.num_parameters() == control.num_parameters()
+        assert fed.state_dict().keys() == control.state_dict().keys()
+
+
+@pytest.mark.parametrize("cell", [name for name in CELLS if name not in RECURRENT_TYPES])
+def test_none_is_feed_forward(cell):
+    """Neither another number of passes nor the prediction of another position changes anything."""
+    batch = tokens()
+    model = build(feedback_type=cell, feedback_signal="none")
+    once, often = model(batch, num_feedback_steps=1).logits, model(batch, num_feedback_steps=7).logits
+    assert torch.equal(once, often)
+    time = FeedbackForCausalLM(tiny(feedback_type=cell, feedback_signal="none", feedback_axis="time")).eval()
+    time.load_state_dict(model.state_dict())
+    assert_close(time(batch).logits, once, 1e-5)
+
+
+@each_cell
+@pytest.mark.parametrize("signal", ["state", "output"])
+@pytest.mark.parametrize("interval", [1, 3])
+def test_jacobi_equals_sequential(cell, signal, interval):
+    """As many passes as positions are exact, in outputs and gradients."""
+    fields = {"feedback_axis": "time", "feedback_type": cell, "feedback_signal": signal, "feedback_interval": interval}
+    sequential, jacobi = build(**fields), build(solver="jacobi", solver_steps=9, **fields)
+    jacobi.load_state_dict(sequential.state_dict())
+    batch = tokens(2, 9)
+    outputs = [model(batch, labels=batch) for model in (sequential, jacobi)]
+    assert_close(outputs[1].logits, outputs[0].logits, 1e-5)
+    for output in outputs:
+        output.loss.backward()
+    for (name, expected), actual in zip(sequential.named_parameters(), jacobi.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=name)
+    needed = -(-9 // interval)
+    assert_close(jacobi(batch, num_feedback_steps=needed).logits, outputs[0].logits, 1e-5)
+    assert (jacobi(batch, num_feedback_steps=1).logits - outputs[0].logits).abs().max() > 1e-2
+
+
+@each_cell
+def test_depth_is_its_passes(cell):
+    """k passes are the k-th of the trajectory of K passes."""
+    model, batch = build(feedback_type=cell), tokens()
+    with torch.no_grad():
+        outputs = model(batch, num_feedback_steps=4, output_feedback_states=True, output_hidden_states=True)
+        assert len(outputs.feedback_states) == 4
+        for steps, y in enumerate(outputs.feedback_states, start=1):
+            assert y.shape == (2, 13, 32)
+            assert_close(model.lm_head(y), model(batch, num_feedback_steps=steps).logits, 1e-5)
+        assert len(outputs.hidden_states) == 2 + 4 + 1
+        assert {tuple(h.shape) for h in outputs.hidden_states} == {(2, 13, 32)}
+        assert torch.equal(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+
+
+def gradients(model, batch, **arguments):
+    model.zero_grad()
+    model(batch, labels=batch, **arguments).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(actual: dict, expected: dict, tolerance: float = 1e-5) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=tolerance, rtol=1e-4, msg=lambda m, n=name: n + m)
+
+
+def differ(actual: dict, expected: dict) -> bool:
+    return any((actual[name] - expected[name]).abs().max() > 1e-4 for name in expected)
+
+
+@each_cell
+@pytest.mark.parametrize("solver", ["depth", "time", "jacobi"])
+def test_gradient_steps(cell, solver):
+    """Truncation changes the gradient and not the output, and truncation at the full length is no truncation."""
+    fields = {"feedback_type": cell, "num_feedback_steps": 4, "encoder_type": "cnn", "decoder_type": "mlp"}
+    if solver != "depth":
+        fields.update(feedback_axis="time")
+    if solver == "jacobi":
+        fields.update(solver="jacobi", solver_steps=4)
+    batch, full = tokens(2, 8), build(**fields)
+    expected = gradients(full, batch)
+    for steps, same in ((1, False), (2, False), (8, True)):
+        model = build(gradient_steps=steps, **fields)
+        model.load_state_dict(full.state_dict())
+        assert_close(model(batch).logits, full(batch).logits, 1e-6)
+        actual = gradients(model, batch)
+        assert differ(actual, expected) is not same
+        if same:
+            assert_same_gradients(actual, expected)
+
+
+def test_gradient_of_the_last_pass_alone():
+    """gradient_steps=1 on the depth axis against the same pass written out."""
+    model, batch = build(gradient_steps=1, feedback_type="mlp"), tokens(2, 6)
+    actual = gradients(model, batch)
+    model.zero_grad()
+    base = model.model
+    context, _ = base.make_context(base.embeddings(batch), None, None, None)
+    e = base.encode(base.embeddings(batch), context)
+    signal = None
+    for step in range(3):
+        with torch.set_grad_enabled(step == 2):
+            h, _ = base.loop.one_pass(e, signal, None, context, step)
+            signal = h
+    logits = model.lm_head(base.decode(h, context))
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
+    assert_same_gradients(actual, {name: parameter.grad for name, parameter in model.named_parameters()})
+
+
+@pytest.mark.parametrize("fields", [{}, {"feedback_axis": "time", "solver": "jacobi", "solver_steps": 3}])
+def test_supervision_of_all_steps(fields):
+    model, batch = build(supervision="all", **fields), tokens()
+    outputs = model(batch, labels=batch)
+    losses = [
+        F.cross_entropy(model.lm_head(y)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()) for y in outputs.feedback_states
+    ]
+    assert len(losses) == 3
+    assert_close(outputs.loss, torch.stack(losses).mean(), 1e-6)
+    model.config.gradient_steps = 2
+    assert_close(model(batch, labels=batch).loss, torch.stack(losses[1:]).mean(), 1e-6)
+
+
+@each_axis
+def test_noise_and_dropout_in_training_only(axis):
+    for fields in ({"feedback_noise": 0.5}, {"dropout": 0.5, "encoder_type": "cnn", "decoder_type": "mlp"}):
+        model, batch = build(feedback_axis=axis, feedback_type="gru", **fields), tokens()
+        assert torch.equal(model(batch).logits, model(batch).logits)
+        model.train()
+        assert not torch.allclose(model(batch).logits, model(batch).logits, atol=1e-3)
+        control = build(feedback_axis=axis, feedback_type="gru", feedback_signal="none", feedback_noise=0.5).train()
+        assert torch.equal(control(batch).logits, control(batch).logits)
+
+
+@pytest.mark.parametrize("name", [*ACT2FN, "rrelu"])
+def test_activation(name, tmp_path):
+    for fields in ({"feedback_type": "conv", "decoder_type": "mlp"}, {"backbone_config": {"model_type": "gpt2"}}):
+        model, batch = build(hidden_act=name, num_feedback_steps=2, **fields), tokens(2, 6)
+        assert model.train()(batch, labels=batch).loss.isfinite()
+        model.eval().save_pretrained(tmp_path)
+        loaded, info = FeedbackForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        assert torch.equal(loaded(batch).logits, model(batch).logits)
+
+
+# Calls
+
+
+@each_axis
+def test_inputs_embeds_and_return_dict(axis):
+    model, batch = build(feedback_axis=axis), tokens()
+    outputs = model(batch, labels=batch, use_cache=False)
+    embedded = model(inputs_embeds=model.get_input_embeddings()(batch), labels=batch, use_cache=False)
+    assert torch.equal(embedded.logits, outputs.logits)
+    loss, logits = model(batch, labels=batch, use_cache=False, return_dict=False)
+    assert torch.equal(loss, outputs.loss)
+    assert torch.equal(logits, outputs.logits)
+    (hidden,) = model.model(batch, use_cache=False, return_dict=False)
+    assert torch.equal(model.lm_head(hidden), logits)
+
+
+def test_logits_to_keep():
+    model, batch = build(), tokens()
+    logits = model(batch).logits
+    assert_close(model(batch, logits_to_keep=1).logits, logits[:, -1:], 1e-6)
+    assert_close(model(batch, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]], 1e-6)
+    with pytest.raises(ValueError, match="batch_size"):
+        model(batch, labels=batch, logits_to_keep=3)
+
+
+def test_position_ids_move_the_text():
+    """Rotary attention depends on distances only; the positions given are those that are used."""
+    model, batch = build(feedback_type="mlp", decoder_type="mlp"), tokens(2, 6)
+    positions = torch.arange(6)[None]
+    logits = model(batch).logits
+    assert torch.equal(model(batch, position_ids=positions).logits, logits)
+    assert_close(model(batch, position_ids=positions + 7).logits, logits)
+    assert (model(batch, position_ids=positions * 5).logits - logits).abs().max() > 1e-3
+
+
+def test_a_row_that_is_all_padding_is_finite_and_harmless():
+    for head, fields in ((FeedbackForCausalLM, {}), (FeedbackForMaskedLM, {"is_causal": False})):
+        for axis in ("time", "depth"):
+            model, batch = build(head, feedback_axis=axis, **fields), tokens()
+            mask = torch.ones_like(batch)
+            mask[0] = 0
+            logits = model(batch, attention_mask=mask).logits
+            assert logits.isfinite().all()
+            assert_close(logits[1], model(batch).logits[1])
+
+
+@pytest.mark.parametrize("cell", ["gru", "transformer", "conv"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(cell, implementation, tmp_path):
+    """Also where the mask is None, and also without causality."""
+    for head, causal in ((FeedbackForCausalLM, True), (FeedbackForMaskedLM, False)):
+        for family in ("llama", "gpt2"):
+            model = build(head, feedback_type=cell, is_causal=causal, backbone_config={"model_type": family})
+            model.save_pretrained(tmp_path)
+            loaded = head.from_pretrained(tmp_path, attn_implementation=implementation)
+            attention = loaded.model.encoder.layers[0]
+            attention = attention.attn if family == "gpt2" else attention.self_attn
+            assert attention.config._attn_implementation == implementation
+            assert_close(loaded(tokens()).logits, model(tokens()).logits, 1e-5)
+
+
+# Training
+
+
+@each_cell
+@pytest.mark.parametrize("signal", ["state", "output"])
+@pytest.mark.parametrize("axis", ["time", "depth", "jacobi"])
+def test_gradient_checkpointing(cell, signal, axis):
+    fields = {"feedback_axis": "depth" if axis == "depth" else "time", "solver": "jacobi" if axis == "jacobi" else "sequential"}
+    plain = build(feedback_type=cell, feedback_signal=signal, **fields).train()
+    checkpointed = build(feedback_type=cell, feedback_signal=signal, **fields).train()
+    checkpointed.load_state_dict(plain.state_dict())
+    checkpointed.activation_checkpointing_enable()
+    assert checkpointed.is_activation_checkpointing
+    assert_same_gradients(gradients(checkpointed, tokens()), gradients(plain, tokens()))
+
+
+@pytest.mark.parametrize("name", ["feedback-transformer", "recurrent-depth", "tiny-recursive"])
+def test_gradient_checkpointing_of_presets(name):
+    config = tiny(**{**PRESETS[name], "is_causal": True})
+    plain, checkpointed = FeedbackForCausalLM(config).train(), FeedbackForCausalLM(config).train()
+    checkpointed.load_state_dict(plain.state_dict())
+    checkpointed.activation_checkpointing_enable()
+    assert_same_gradients(gradients(checkpointed, tokens()), gradients(plain, tokens()))
+
+
+def test_gradient_checkpointing_refuses_a_cache():
+    model = build().train()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="leave them out, or disable it"):
+        model(tokens(), past_key_values=FeedbackCache())
+    assert model(tokens(), use_cache=True).past_key_values is None
+
+
+LOSSES = {
+    FeedbackForCausalLM: {},
+    FeedbackForMaskedLM: {"is_causal": False},
+    FeedbackForTokenClassification: {"num_labels": 50},
+    FeedbackForConditionalGeneration: {"is_encoder_decoder": True, "decoder_start_token_id": BOS},
+}
+
+
+@pytest.mark.parametrize("head", LOSSES, ids=lambda head: head.__name__)
+@pytest.mark.parametrize("supervision", ["last", "all"])
+def test_unequal_micro_batches_give_the_gradient_of_the_big_batch(head, supervision):
+    model, batch = build(head, supervision=supervision, **LOSSES[head]), tokens(4, 12)
+    labels = batch.clone()
+    labels[0, 3:], labels[1, 9:] = -100, -100
+    count = (labels[:, 1:] if head is FeedbackForCausalLM else labels).ne(-100).sum()
+    model(batch, labels=labels).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, 4)):
+        model(batch[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
+    assert_same_gradients({name: parameter.grad for name, parameter in model.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"feedback_type": "gru", "feedback_axis": "time", "feedback_interval": 100},
+        {"feedback_type": "lstm", "feedback_axis": "time", "feedback_interval": 100},
+        {"feedback_type": "diagonal_gru", "feedback_axis": "time", "feedback_interval": 100},
+        {"feedback_type": "transformer", "feedback_axis": "time", "feedback_interval": 500},
+        {"feedback_type": "transformer", "feedback_axis": "depth"},
+        {"feedback_type": "lstm", "feedback_axis": "depth"},
+    ],
+    ids=lambda fields: "-".join(map(str, fields.values())),
+)
+def test_bf16_autocast_over_2000_positions(fields):
+    model = build(encoder_type="cnn", decoder_type="mlp", max_position_embeddings=2000, **fields).train()
+    batch = tokens(1, 2000)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(batch, labels=batch, use_cache=True)
+    outputs.loss.backward()
+    assert outputs.loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    cell = fields["feedback_type"]
+    if cell in RECURRENT_TYPES and fields["feedback_axis"] == "time":
+        states = [state for slot, state in outputs.past_key_values.states.items() if "cell" in slot]
+        assert states and all(part.dtype == torch.float32 for state in states for part in state)
+    exact = model.eval()(batch, labels=batch).loss
+    assert_close(outputs.loss, exact, 0.05)
+
+
+@pytest.mark.parametrize("cell", RECURRENT_TYPES)
+def test_state_stays_float32_in_a_bfloat16_model(cell):
+    model = build(feedback_type=cell, feedback_axis="time").to(torch.bfloat16)
+    outputs = model(tokens(), use_cache=True)
+    states = [state for slot, state in outputs.past_key_values.states.items() if "cell" in slot]
+    assert states and all(part.dtype == torch.float32 for state in states for part in state)
+    assert outputs.logits.dtype == torch.bfloat16
+
+
+# torch.compile
+
+
+@each_cell
+def test_compiled_pass_equals_eager(cell):
+    """The step that the depth axis repeats, in one graph."""
+    model = build(feedback_type=cell, decoder_type="mlp")
+    base, batch = model.model, tokens(2, 6)
+    with torch.no_grad():
+        embedded = base.embeddings(batch)
+        context, _ = base.make_context(embedded, None, None, None)
+        e = base.encode(embedded, context)
+        torch._dynamo.reset()
+        one_pass = torch.compile(base.loop.one_pass, fullgraph=True, backend="aot_eager")
+        expected, state = base.loop.one_pass(e, e, None, context, 0)
+        actual, _ = one_pass(e, e, None, context, 0)
+        assert_close(actual, expected, 1e-5)
+        expected, _ = base.loop.one_pass(e, expected, state, context, 1)
+        actual, _ = one_pass(e, actual, state, context, 1)
+        assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("fields", [{"feedback_type": "gru", "feedback_axis": "time"}, {"feedback_type": "transformer"}])
+def test_compiled_decode_step_equals_eager(fields):
+    model, batch = build(decoder_type="mlp", **fields), tokens(2, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        expected = model(batch).logits
+        cache = model(batch[:, :7], use_cache=True).past_key_values
+        actual = compiled(batch[:, 7:], past_key_values=cache, use_cache=True)
+    assert_close(actual.logits, expected[:, 7:], 1e-5)
+
+
+# Weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resize_token_embeddings(tied, tmp_path):
+    model, batch = build(tie_word_embeddings=tied, feedback_signal="output"), tokens()
+    before = model(batch).logits
+    model.resize_token_embeddings(60, mean_resizing=False)
+    assert model.config.vocab_size == 60
+    assert model.lm_head.weight.shape == model.get_input_embeddings().weight.shape == (60, 32)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) is tied
+    assert model(batch + 10, labels=batch + 10).loss.isfinite()
+    model.save_pretrained(tmp_path)
+    loaded = FeedbackForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(batch).logits, model(batch).logits)
+    loaded.resize_token_embeddings(50)
+    assert_close(loaded(batch).logits, before, 1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_bfloat16_round_trip(tied, tmp_path):
+    model, batch = build(tie_word_embeddings=tied, feedback_type="lstm").to(torch.bfloat16), tokens()
+    model.save_pretrained(tmp_path)
+    for dtype in ("auto", torch.bfloat16):
+        loaded, info = FeedbackForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+        assert not any(info.values())
+        assert loaded.dtype == torch.bfloat16
+        assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+        loaded.save_pretrained(tmp_path)  # not the model above: `.to` rounded its rotary frequencies, loading does not
+        assert torch.equal(FeedbackForCausalLM.from_pretrained(tmp_path)(batch).logits, loaded(batch).logits)
+
+
+# Heads
+
+HEADS = {
+    FeedbackModel: {},
+    FeedbackForCausalLM: {},
+    FeedbackForMaskedLM: {"is_causal": False},
+    FeedbackForSequenceClassification: {"num_labels": 3},
+    FeedbackForTokenClassification: {"num_labels": 3},
+    FeedbackForQuestionAnswering: {},
+    FeedbackForConditionalGeneration: {"is_encoder_decoder": True, "decoder_start_token_id": BOS},
+    FeedbackForImageClassification: {"embedding_type": "patches", "is_causal": False, "image_size": 8, "pad_token_id": None},
+    FeedbackForTimeSeriesPrediction: {"embedding_type": "values", "prediction_length": 4, "pad_token_id": None},
+}
+each_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
+
+
+def inputs_of(head) -> dict:
+    if head is FeedbackForImageClassification:
+        return {"pixel_values": torch.randn(2, 1, 8, 8), "labels": torch.tensor([0, 1])}
+    if head is FeedbackForTimeSeriesPrediction:
+        return {"past_values": torch.randn(2, 10).cumsum(1), "future_values": torch.randn(2, 4)}
+    inputs = {"input_ids": tokens(), "attention_mask": torch.ones(2, 13, dtype=torch.long)}
+    if head is FeedbackForSequenceClassification:
+        inputs["labels"] = torch.tensor([0, 2])
+    elif head is FeedbackForTokenClassification:
+        inputs["labels"] = tokens() % 3
+    elif head is FeedbackForQuestionAnswering:
+        inputs.update(start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 9]))
+    elif head is not FeedbackModel:
+        inputs["labels"] = tokens()
+    return inputs
+
+
+@each_head
+def test_every_head_is_registered_and_round_trips(head, tmp_path):
+    model, inputs = build(head, **HEADS[head]), inputs_of(head)
+    outputs = model(**inputs)
+    model.save_pretrained(tmp_path)
+    (auto,) = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head.__name__}")]
+    import transformers
+
+    loaded, info = getattr(transformers, auto).from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is head and type(AutoConfig.from_pretrained(tmp_path)) is FeedbackConfig
+    assert not any(info.values())
+    again = loaded(**inputs)
+    assert torch.equal(again[0], outputs[0])
+    base, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(base) is FeedbackModel and not info["missing_keys"] and not info["mismatched_keys"]
+
+
+@each_head
+@pytest.mark.parametrize("signal", ["state", "output", "none"])
+@each_axis
+def test_every_head_learns(head, signal, axis):
+    if head is FeedbackModel:
+        outputs = build(FeedbackModel, feedback_signal=signal, feedback_axis=axis)(tokens())
+        assert outputs.last_hidden_state.shape == (2, 13, 32)
+        return
+    fields = {"feedback_signal": signal, "feedback_axis": axis, "feedback_type": "gru", **HEADS[head]}
+    if axis == "time" and not fields.get("is_causal", True):
+        fields["decoder_type"] = "mlp"
+    model, inputs = build(head, **fields).train(), inputs_of(head)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(8):
+        loss = model(**inputs).loss
+        loss.backward()
+        assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.98 * losses[0]
+
+
+BIDIRECTIONAL = {
+    FeedbackForMaskedLM: {},
+    FeedbackForSequenceClassification: {"num_labels": 3},
+    FeedbackForTokenClassification: {"num_labels": 3},
+    FeedbackForQuestionAnswering: {},
+}
+
+
+def logits_of(outputs):
+    return outputs.start_logits if "start_logits" in outputs else outputs.logits
+
+
+@pytest.mark.parametrize("head", BIDIRECTIONAL, ids=lambda head: head.__name__)
+@pytest.mark.parametrize("encoder", ["transformer", "rnn", "cnn", "gpt2"])
+@each_axis
+def test_bidirectional(head, encoder, axis):
+    """A later token changes earlier outputs; padding changes none."""
+    backbone = {"model_type": "gpt2" if encoder == "gpt2" else "llama"}
+    encoder = "transformer" if encoder == "gpt2" else encoder
+    fields = {"encoder_type": encoder, "decoder_type": encoder if encoder == "rnn" else "mlp", "feedback_axis": axis}
+    model = build(head, is_causal=False, backbone_config=backbone, **fields, **BIDIRECTIONAL[head])
+    batch, changed = tokens(2, 9), tokens(2, 9)
+    changed[:, 1] = torch.where(changed[:, 1] == 7, 8, 7)
+    with torch.no_grad():
+        before = logits_of(model(batch))
+        assert (logits_of(model(changed)) - before)[:, 0].abs().max() > 1e-4
+        for where in ("left", "right", "inside"):
+            padded, mask = pad(batch, [9, 6], where)
+            logits = logits_of(model(padded, attention_mask=mask))
+            for i, n in enumerate([9, 6]):
+                alone = logits_of(model(batch[i : i + 1, :n]))[0]
+                real = logits[i] if head is FeedbackForSequenceClassification else logits[i][mask[i].bool()]
+                assert_close(real, alone)
+
+
+@pytest.mark.parametrize("cell", ["conv", "transformer", "gru", "lstm"])
+@pytest.mark.parametrize("decoder", ["transformer", "rnn", "mlp"])
+def test_bidirectional_cells_and_decoders(cell, decoder):
+    """Without an encoder, what is seen of later tokens is seen by the cell or the decoder."""
+    fields = {"is_causal": False, "num_encoder_layers": 0, "feedback_type": cell, "decoder_type": decoder}
+    model, batch, changed = build(FeedbackForMaskedLM, **fields), tokens(2, 9), tokens(2, 9)
+    changed[:, 2] = torch.where(changed[:, 2] == 7, 8, 7)
+    seen = (model(changed).logits - model(batch).logits)[:, 1].abs().max() > 1e-4
+    assert seen == (cell in ("conv", "transformer") or decoder != "mlp")
+    padded, mask = pad(batch, [9, 6], "inside")
+    logits = model(padded, attention_mask=mask).logits
+    for i, n in enumerate([9, 6]):
+        assert_close(logits[i][mask[i].bool()], model(batch[i : i + 1, :n]).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("problem", "labels", "expected"),
+    [
+        ("regression", torch.tensor([[0.5], [-1.0]]), lambda logits, labels: F.mse_loss(logits, labels)),
+        ("single_label_classification", torch.tensor([0, 2]), F.cross_entropy),
+        ("multi_label_classification", torch.tensor([[1.0, 0, 1], [0, 0, 1]]), F.binary_cross_entropy_with_logits),
+    ],
+)
+@pytest.mark.parametrize("signal", ["state", "output"])
+def test_sequence_classification_problems(problem, labels, expected, signal):
+    num_labels = 1 if problem == "regression" else 3
+    model = build(
+        FeedbackForSequenceClassification, num_labels=num_labels, problem_type=problem, feedback_signal=signal
+    )
+    outputs = model(tokens(), labels=labels)
+    assert_close(outputs.loss, expected(outputs.logits, labels), 1e-6)
+
+
+def test_sequence_classification_reads_the_last_real_token():
+    model, batch = build(FeedbackForSequenceClassification, num_labels=3), tokens(2, 9)
+    alone = torch.cat([model(batch[:1]).logits, model(batch[1:, :6]).logits])
+    for where in ("left", "right"):
+        padded, mask = pad(batch, [9, 6], where)
+        assert_close(model(padded, attention_mask=mask).logits, alone)
+        padded[mask == 0] = PAD
+        assert_close(model(padded).logits, alone)
+
+
+def test_question_answering_loss():
+    model, inputs = build(FeedbackForQuestionAnswering, is_causal=False), inputs_of(FeedbackForQuestionAnswering)
+    outputs = model(**inputs)
+    start = F.cross_entropy(outputs.start_logits, inputs["start_positions"])
+    end = F.cross_entropy(outputs.end_logits, inputs["end_positions"])
+    assert_close(outputs.loss, (start + end) / 2, 1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"encoder_type": "cnn", "feedback_type": "conv", "decoder_type": "mlp"}])
+def test_image_steps(fields):
+    head = FeedbackForImageClassification
+    model = build(head, num_labels=5, **{**HEADS[head], **fields})
+    image = torch.randn(2, 1, 8, 8)
+    outputs = model(image, output_feedback_states=True)
+    steps = model.step_logits(outputs)
+    assert len(steps) == 3
+    assert_close(steps[-1], outputs.logits, 1e-6)
+    assert_close(steps[0], model(image, num_feedback_steps=1).logits, 1e-5)
+
+
+@each_axis
+def test_forecast_feeds_itself_back(axis):
+    """Rolling out with a cache equals reading the whole series again at each step."""
+    head = FeedbackForTimeSeriesPrediction
+    model, past = build(head, feedback_axis=axis, num_channels=2, **HEADS[head]), torch.randn(2, 7, 2).cumsum(1)
+    with torch.no_grad():
+        rolled = model(past).prediction_outputs
+        series = (past - past.mean(1, keepdim=True)) / (past.std(1, keepdim=True) + 1e-5)
+        for _ in range(4):
+            y = model.model(past_values=series, use_cache=False).last_hidden_state[:, -1:]
+            series = torch.cat([series, series[:, -1:] + model.readout(y)], dim=1)
+    expected = series[:, 7:] * (past.std(1, keepdim=True) + 1e-5) + past.mean(1, keepdim=True)
+    assert_close(rolled, expected)
+    assert model(past, prediction_length=9).prediction_outputs.shape == (2, 9, 2)
+    assert model(past[..., 0][..., None].expand(-1, -1, 2)).prediction_outputs.shape == (2, 4, 2)

@@ -5,8 +5,6 @@
 `encoder_*` makes e, `feedback_*` describes f, c and phi, `decoder_*` makes g.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import shutil
@@ -139,7 +137,7 @@ class FeedbackConfig(PreTrainedConfig):
     Args:
         embedding_type: what goes in: `tokens` (input_ids), `patches` (pixel_values) or `values` (past_values).
         backbone_config: the family that the transformer layers are borrowed from, as a config, a dictionary or
-            `{"model_type": "qwen3"}`; a LlamaConfig by default. Sizes that it names win over the fields here.
+            a name; a LlamaConfig by default. Sizes that it names win over the fields here.
         is_causal: whether a position sees only itself and earlier ones. Masked language models need `False`.
         feedback_axis: `time`, feedback from the previous position, or `depth`, from the previous pass.
         feedback_interval: time axis: positions per update of the feedback, counted from the first real token.
@@ -210,7 +208,7 @@ class FeedbackConfig(PreTrainedConfig):
     format_version: int = 1
 
     @classmethod
-    def preset(cls, name: str, **fields: Any) -> FeedbackConfig:
+    def preset(cls, name: str, **fields: Any) -> "FeedbackConfig":
         """The published architecture `name` (see PRESETS), with `fields` overriding its own."""
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
@@ -219,10 +217,6 @@ class FeedbackConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.auto_map = dict(AUTO_MAP)
         kwargs.pop("auto_map", None)
-        if self.intermediate_size is None and isinstance(self.hidden_size, int):
-            self.intermediate_size = 4 * self.hidden_size
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
         self.backbone_config = self._backbone(self.backbone_config)
         super().__post_init__(**kwargs)
         self.validate_architecture()
@@ -234,8 +228,9 @@ class FeedbackConfig(PreTrainedConfig):
             if file.name != "__init__.py" and file.parent != Path(save_directory).resolve():
                 shutil.copyfile(file, Path(save_directory) / file.name)
 
-    def _backbone(self, given: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    def _backbone(self, given: str | dict | PreTrainedConfig | None) -> PreTrainedConfig:
         """The config of the borrowed layers; what `given` names is copied here, the rest comes from here."""
+        given = {"model_type": given} if isinstance(given, str) else given
         fields = dict(given) if isinstance(given, dict) else {}
         model_type = given.model_type if isinstance(given, PreTrainedConfig) else fields.pop("model_type", "llama")
         if model_type not in BACKBONE_TYPES:
@@ -253,28 +248,30 @@ class FeedbackConfig(PreTrainedConfig):
                 "initializer_range",
             )
         }
-        if isinstance(given, PreTrainedConfig):
-            backbone = copy.deepcopy(given)
-        else:
-            self._check_sizes()
-            own = {theirs: getattr(self, ours) for ours, theirs in shared.items() if theirs is not None}
-            if model_type != "gpt2":
-                own.setdefault("attention_dropout", self.dropout)
+        if isinstance(given, dict):  # under the names of FeedbackConfig, where the family has its own
             aliases = type(AutoConfig.for_model(model_type)).attribute_map
-            fields = {
-                next((k for k, v in aliases.items() if v == name), name): value for name, value in fields.items()
-            }
+            fields = {next((k for k, v in aliases.items() if v == name), name): value for name, value in fields.items()}
             fields = {name: value for name, value in fields.items() if name not in ("vocab_size", "pad_token_id")}
-            backbone = AutoConfig.for_model(model_type, **{**own, **fields}, pad_token_id=None)
         for ours, theirs in shared.items():
-            if theirs is not None and getattr(backbone, theirs) is not None:
-                setattr(self, ours, getattr(backbone, theirs))
-        return backbone
+            named = fields.get(theirs) if not isinstance(given, PreTrainedConfig) else getattr(given, theirs or ours, None)
+            if theirs is not None and named is not None:
+                setattr(self, ours, named)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_sizes()
+        if isinstance(given, PreTrainedConfig):
+            return copy.deepcopy(given)
+        own = {theirs: getattr(self, ours) for ours, theirs in shared.items() if theirs is not None}
+        if model_type != "gpt2":  # Qwen3's own default of head_dim is 128, whatever the hidden size
+            own.update(attention_dropout=self.dropout, head_dim=self.hidden_size // self.num_attention_heads)
+        return AutoConfig.for_model(model_type, **{**own, **fields, "pad_token_id": None})
 
     def _check_sizes(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be a whole number of at least 1.")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -308,6 +305,7 @@ class FeedbackConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         for name in (
             "vocab_size",
+            "intermediate_size",
             "num_feedback_layers",
             "feedback_interval",
             "num_feedback_steps",
@@ -328,6 +326,10 @@ class FeedbackConfig(PreTrainedConfig):
 
     def _check_combination(self) -> None:
         rules = [
+            (
+                self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,
+                f"pad_token_id is {self.pad_token_id}; it must be in the vocabulary, below vocab_size ({self.vocab_size}).",
+            ),
             (
                 self.solver == "jacobi" and self.feedback_axis == "depth",
                 "solver='jacobi' is for feedback_axis='time'; in depth it is the same as 'sequential': use that.",
@@ -354,6 +356,14 @@ class FeedbackConfig(PreTrainedConfig):
             (
                 self.feedback_connection == "memory" and self.feedback_signal == "output",
                 "feedback_connection='memory' feeds back layer states; use feedback_signal='state'.",
+            ),
+            (
+                self.feedback_signal == "output"
+                and self.feedback_axis == "time"
+                and self.decoder_type != "mlp"
+                and not self.is_causal,
+                "feedback_signal='output' along the positions needs a prediction that reads no later ones: set "
+                "is_causal=True, feedback_axis='depth' or decoder_type='mlp'.",
             ),
             (
                 self.share_encoder_decoder

@@ -82,10 +82,13 @@ class FeedbackPreTrainedModel(PreTrainedModel):
             module.init_parameters()
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """The loop checkpoints whole passes, so the layers of its cell, which would drop their memory, do not."""
+        """The loop checkpoints whole passes, so layers that keep a memory within it, which they would drop, do not."""
         super()._set_gradient_checkpointing(enable, **kwargs)
-        for loop in (module for module in self.modules() if isinstance(module, FeedbackLoop)):
-            for layer in loop.cell.modules():
+        for model in (module for module in self.modules() if isinstance(module, FeedbackModel)):
+            parts = [model.loop.cell]
+            if (self.config.feedback_axis, self.config.feedback_signal) == ("time", "output"):  # decodes within the loop
+                parts.append(model.encoder if model.decoder is None else model.decoder)
+            for layer in (layer for part in parts for layer in part.modules()):
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.gradient_checkpointing = False
 
@@ -227,6 +230,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def make_cache(self, cache: FeedbackCache | None, use_cache: bool | None) -> FeedbackCache | None:
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if cache is not None and self.loop.gradient_checkpointing and self.training:
+            raise ValueError("Gradient checkpointing would drop past_key_values: leave them out, or disable it.")
         if use_cache and self.loop.gradient_checkpointing and self.training:
             logger.warning_once("use_cache=True does not go with gradient checkpointing; no cache is made.")
             return None
@@ -240,16 +245,18 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FeedbackCache | None
     ) -> tuple[Context, Tensor | None]:
         """What the parts may know of these positions, and the order [B, T] that puts the real ones first."""
+        if embedded.ndim != 3:
+            raise ValueError(f"The input has {embedded.ndim - 1} dimensions; it must be [batch, positions].")
         batch, length, _ = embedded.shape
         offset = 0 if cache is None else cache.length
-        if length == 0:
+        if batch == 0 or length == 0:
             raise ValueError("The input is empty: give at least one position.")
         if self.config.has_attention and offset + length > self.config.max_position_embeddings:
             raise ValueError(
                 f"{offset + length} positions are more than max_position_embeddings "
                 f"({self.config.max_position_embeddings}): shorten the input, or build a model with more."
             )
-        mask, order = first_real(attention_mask, length)
+        mask, order = first_real(attention_mask, batch, length)
         columns = torch.arange(length, device=embedded.device)
         count = columns.new_zeros(batch) if cache is None or cache.count is None else cache.count
         if position_ids is None:
@@ -277,7 +284,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         cache.steps = steps
 
 
-def first_real(attention_mask: Tensor | None, length: int) -> tuple[Tensor | None, Tensor | None]:
+def first_real(attention_mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, Tensor | None]:
     """Of a mask [B, T] or [B, P + T]: the mask with its real positions first, and the order [B, T] that does so.
 
     With padding behind the text, no causal part can see it, a convolution or a chunk of positions meets no gap,
@@ -285,10 +292,10 @@ def first_real(attention_mask: Tensor | None, length: int) -> tuple[Tensor | Non
     """
     if attention_mask is None:
         return None, None
-    if attention_mask.ndim != 2 or attention_mask.shape[1] < length:
+    if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
         raise ValueError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [batch, positions] for "
-            f"at least the {length} positions given."
+            f"the {batch} rows and at least the {length} positions given."
         )
     mask = attention_mask[:, -length:].bool()
     if mask.all():

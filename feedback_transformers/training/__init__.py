@@ -1,5 +1,6 @@
-"""What the stock Trainer lacks for feedback networks: step counts drawn in training, and a stop on NaN."""
+"""What the stock Trainer lacks for feedback networks: step counts drawn in training, a stop on NaN, and Muon."""
 
 from .callbacks import SampleFeedbackSteps, StopOnNonFinite, draw_steps
+from .optimizers import MuonAdamW
 
-__all__ = ["SampleFeedbackSteps", "StopOnNonFinite", "draw_steps"]
+__all__ = ["MuonAdamW", "SampleFeedbackSteps", "StopOnNonFinite", "draw_steps"]

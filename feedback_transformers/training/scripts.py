@@ -153,7 +153,7 @@ def overrides(text: str | None) -> dict[str, Any]:
                 f"{pair!r} in config_overrides is not of the form name=value, with a name of FeedbackConfig."
             )
         try:
-            result[name] = ast.literal_eval(value.title() if value in ("true", "false", "none") else value)
+            result[name] = ast.literal_eval(value.title() if value in ("true", "false") else value)
         except (ValueError, SyntaxError):
             result[name] = value
     return result

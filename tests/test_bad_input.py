@@ -1,0 +1,186 @@
+"""Bad input gets one clear sentence that says what to change."""
+
+import pytest
+import torch
+from conftest import BOS, PAD, build, tiny, tokens
+from transformers import DynamicCache
+
+from feedback_transformers import (
+    FeedbackConfig,
+    FeedbackForCausalLM,
+    FeedbackForConditionalGeneration,
+    FeedbackForImageClassification,
+    FeedbackForMaskedLM,
+    FeedbackForSequenceClassification,
+    FeedbackForTimeSeriesPrediction,
+    FeedbackModel,
+)
+from feedback_transformers.models.configuration_feedback import CHOICES
+
+CONFIGS = [
+    ({"format_version": 2}, "upgrade feedback_transformers"),
+    ({"backbone_config": {"model_type": "bert"}}, "Unknown backbone 'bert'; choose one of llama"),
+    ({"hidden_act": "nope"}, "Unknown hidden_act 'nope'; choose rrelu or one of"),
+    ({"num_feedback_steps": 0}, "num_feedback_steps is 0; it must be at least 1"),
+    ({"num_feedback_steps": -3}, "num_feedback_steps is -3; it must be at least 1"),
+    ({"solver_steps": 0}, "solver_steps is 0"),
+    ({"feedback_interval": 0}, "feedback_interval is 0"),
+    ({"gradient_steps": 0}, "gradient_steps is 0; give at least 1, or None for all steps"),
+    ({"num_feedback_layers": 0}, "num_feedback_layers is 0"),
+    ({"num_encoder_layers": -1}, "num_encoder_layers is -1; it must be 0 or more"),
+    ({"conv_kernel_size": 0}, "conv_kernel_size is 0"),
+    ({"vocab_size": 0}, "vocab_size is 0"),
+    ({"intermediate_size": 0}, "intermediate_size is 0"),
+    ({"hidden_size": 0}, "hidden_size is 0; it must be at least 1"),
+    ({"hidden_size": 30}, "must be a multiple of num_attention_heads"),
+    ({"hidden_size": 12}, "need an even number: change either"),
+    ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+    ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
+    ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
+    ({"feedback_noise": -0.1}, "feedback_noise is -0.1; it must be 0 or more"),
+    ({"pad_token_id": 50}, "pad_token_id is 50; it must be in the vocabulary"),
+    ({"pad_token_id": -1}, "pad_token_id is -1; it must be in the vocabulary"),
+    ({"solver": "jacobi"}, "use that"),
+    ({"feedback_interval": 2}, "it needs feedback_axis='time'; set it to 1"),
+    ({"feedback_connection": "memory"}, "needs feedback_type='transformer', feedback_axis='time'"),
+    ({"feedback_connection": "memory", "feedback_axis": "time", "feedback_interval": 2}, "set feedback_interval=1"),
+    ({"feedback_connection": "memory", "feedback_axis": "time", "feedback_signal": "output"}, "feedback_signal='state'"),
+    ({"feedback_connection": "memory", "feedback_axis": "time", "backbone_config": "gpt2"}, "instead of gpt2"),
+    ({"share_encoder_decoder": True, "decoder_type": "mlp"}, "encoder_type = decoder_type"),
+    ({"share_encoder_decoder": True, "is_encoder_decoder": True}, "set one of them to False"),
+    ({"is_encoder_decoder": True, "is_causal": False}, "set is_causal=True"),
+    ({"feedback_signal": "output", "feedback_axis": "time", "is_causal": False}, "or decoder_type='mlp'"),
+    ({"embedding_type": "patches", "image_size": 10, "patch_size": 4}, "must be a multiple of patch_size"),
+    ({"embedding_type": "patches", "image_size": 80}, "400 patches need max_position_embeddings >= 400"),
+    *(({name: "nope"}, f"Unknown {name} 'nope'; choose one of {known[0]}") for name, known in CHOICES.items()),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentence"), CONFIGS, ids=lambda value: str(value)[:60])
+def test_config_is_refused(fields, sentence):
+    with pytest.raises(ValueError) as raised:
+        tiny(**fields)
+    assert sentence in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_feedback_steps": 2.5}, {"num_feedback_steps": True}, {"hidden_size": "big"}, {"is_causal": "yes"}]
+)
+def test_wrong_types_are_refused(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(Exception, match=rf"Field '{name}' expected \w+, got {type(value).__name__}"):
+        tiny(**fields)
+
+
+def test_a_config_changed_for_the_worse_is_not_saved(tmp_path):
+    config = tiny()
+    config.num_feedback_steps = -1
+    with pytest.raises(Exception, match="num_feedback_steps is -1"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="Unknown preset 'nope'; choose one of feedback-transformer, "):
+        FeedbackConfig.preset("nope")
+
+
+@pytest.mark.parametrize(
+    ("head", "fields", "sentence"),
+    [
+        (FeedbackForCausalLM, {"is_causal": False}, "FeedbackForCausalLM needs is_causal=True: set it in the config"),
+        (FeedbackForMaskedLM, {}, "FeedbackForMaskedLM needs is_causal=False"),
+        (FeedbackForConditionalGeneration, {}, "needs is_encoder_decoder=True"),
+        (FeedbackForImageClassification, {}, "needs embedding_type='patches', not 'tokens'"),
+        (FeedbackForTimeSeriesPrediction, {}, "needs embedding_type='values', not 'tokens'"),
+        (FeedbackForSequenceClassification, {"embedding_type": "values"}, "needs embedding_type='tokens', not 'values'"),
+    ],
+)
+def test_head_refuses_the_config(head, fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        head(tiny(**fields))
+
+
+INPUTS = [
+    ({"input_ids": torch.tensor([[3, 50]])}, "input_ids go from 3 to 50 and the vocabulary has 50 tokens"),
+    ({"input_ids": torch.tensor([[-1, 4]])}, "resize_token_embeddings"),
+    ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "The input is empty: give at least one position"),
+    ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "The input is empty"),
+    ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"The input has 1 dimensions; it must be \[batch, positions\]"),
+    ({"input_ids": torch.zeros(1, 97, dtype=torch.long)}, r"97 positions are more than max_position_embeddings \(96\)"),
+    ({}, "Give exactly one of input_ids, inputs_embeds"),
+    ({"input_ids": tokens(), "inputs_embeds": torch.zeros(2, 13, 32)}, "Give exactly one of"),
+    ({"input_ids": tokens(), "attention_mask": torch.ones(2, 12)}, r"attention_mask has the shape \(2, 12\)"),
+    ({"input_ids": tokens(), "attention_mask": torch.ones(1, 13)}, "for the 2 rows and at least the 13 positions"),
+    ({"input_ids": tokens(), "attention_mask": torch.ones(2, 1, 13, 13)}, r"it must be \[batch, positions\]"),
+    ({"input_ids": tokens(), "num_feedback_steps": 0}, "num_feedback_steps is 0; it must be a whole number"),
+    ({"input_ids": tokens(), "num_feedback_steps": -1}, "num_feedback_steps is -1"),
+    ({"input_ids": tokens(), "num_feedback_steps": 2.5}, "num_feedback_steps is 2.5"),
+    ({"input_ids": tokens(), "past_key_values": DynamicCache()}, "must be a FeedbackCache, not DynamicCache"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "sentence"), INPUTS, ids=range(len(INPUTS)))
+def test_input_is_refused(inputs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build()(**inputs)
+
+
+def test_a_text_that_grows_too_long_is_refused():
+    model, cache = build(), None
+    cache = model(torch.full((1, 90), 7), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"97 positions are more than max_position_embeddings \(96\): shorten"):
+        model(torch.full((1, 7), 7), past_key_values=cache, use_cache=True)
+
+
+def test_without_attention_no_length_is_too_long():
+    model = build(encoder_type="rnn", feedback_type="gru", feedback_axis="time", decoder_type="mlp", feedback_interval=50)
+    assert model(tokens(1, 300)).logits.shape == (1, 300, 50)
+
+
+def test_steps_where_they_mean_nothing():
+    with pytest.raises(ValueError, match="leave it out, or set config.solver='jacobi'"):
+        build(feedback_axis="time")(tokens(), num_feedback_steps=3)
+
+
+def test_steps_cannot_change_halfway_through_a_text():
+    model = build()
+    cache = model(tokens(), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="filled with 3 feedback steps.*this call makes 5.*start again without"):
+        model(tokens(), past_key_values=cache, num_feedback_steps=5)
+
+
+def test_output_feedback_without_a_head():
+    with pytest.raises(ValueError, match=r"use a FeedbackFor\.\.\. class, or tie_word_embeddings"):
+        build(FeedbackModel, feedback_signal="output", tie_word_embeddings=False)(tokens())
+
+
+def test_sequence_to_sequence_inputs():
+    fields = {"is_encoder_decoder": True, "decoder_start_token_id": BOS}
+    with pytest.raises(ValueError, match="Give decoder_input_ids or labels"):
+        build(FeedbackForConditionalGeneration, **fields)(tokens())
+    with pytest.raises(ValueError, match="Set decoder_start_token_id and pad_token_id"):
+        build(FeedbackForConditionalGeneration, is_encoder_decoder=True)(tokens(), labels=tokens())
+
+
+def test_images_and_series_of_another_shape():
+    model = build(FeedbackForImageClassification, embedding_type="patches", is_causal=False, image_size=8)
+    with pytest.raises(ValueError, match=r"pixel_values are \(3, 8, 8\); this model takes \(1, 8, 8\)"):
+        model(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match="needs at least two time steps"):
+        build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 1))
+
+
+def test_no_token_embeddings_in_a_model_of_images():
+    model = build(FeedbackForImageClassification, embedding_type="patches", is_causal=False, image_size=8)
+    with pytest.raises(NotImplementedError, match="A model of patches has no token embeddings"):
+        model.get_input_embeddings()
+
+
+def test_padding_token_is_read_as_padding_by_the_classifier():
+    """The one head that guesses a mask: without one, and with pad_token_id in the text."""
+    model, batch = build(FeedbackForSequenceClassification, num_labels=2), tokens()
+    batch[:, -3:] = PAD
+    given = model(batch, attention_mask=(batch != PAD).long()).logits
+    assert torch.equal(model(batch).logits, given)

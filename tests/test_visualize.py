@@ -1,0 +1,90 @@
+"""Pictures: what is drawn, and that the files are pictures."""
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data, visualize
+
+TEXT = "to be, or not to be\n"
+HISTORY = [
+    {"step": 10, "loss": 3.0, "epoch": 0.1},
+    {"step": 20, "eval_loss": 2.5, "eval_runtime": 1.0},
+    {"step": 20, "loss": 2.0},
+    {"step": 20, "train_runtime": 9.0, "train_loss": 2.5},
+]
+
+
+def language_model(**fields):
+    torch.manual_seed(0)
+    tokenizer = data.characters([TEXT])
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": len(tokenizer), "initializer_range": 0.5}
+    return FeedbackForCausalLM(FeedbackConfig(**sizes, **fields)).eval(), tokenizer
+
+
+def test_loss_curves(tmp_path):
+    figure = visualize.loss_curves({"a": HISTORY, "b": HISTORY[:1]}, tmp_path / "new" / "loss.png")
+    assert isinstance(figure, Figure)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert lines == {
+        "a, training": [[10, 3.0], [20, 2.0]],
+        "a, validation": [[20, 2.5]],
+        "b, training": [[10, 3.0]],
+    }
+    with Image.open(tmp_path / "new" / "loss.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 400
+
+
+def test_a_history_without_losses_is_refused():
+    with pytest.raises(ValueError, match="neither 'loss' nor 'eval_loss'"):
+        visualize.loss_curves({"a": [{"step": 1, "accuracy": 0.5}]})
+
+
+def test_accuracy_per_step(tmp_path):
+    figure = visualize.accuracy_per_step({"test": [0.5, 0.75, 0.8]}, tmp_path / "accuracy.png")
+    (line,) = figure.axes[0].lines
+    assert line.get_xydata().tolist() == [[1, 0.5], [2, 0.75], [3, 0.8]]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["50.0%", "75.0%", "80.0%"]
+    assert (tmp_path / "accuracy.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("fields", [{"feedback_axis": "depth"}, {"feedback_axis": "time", "solver": "jacobi"}])
+def test_step_predictions_are_those_of_as_many_steps(fields):
+    model, tokenizer = language_model(**fields)
+    probabilities, choices, targets = visualize.step_predictions(model, tokenizer, TEXT, 3)
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    assert probabilities.shape == choices.shape == (3, len(TEXT) - 1)
+    assert targets.tolist() == ids[0, 1:].tolist()
+    for step in (1, 2, 3):
+        logits = model(ids, num_feedback_steps=step).logits[0, :-1]
+        expected = logits.softmax(-1).gather(-1, targets[:, None])[:, 0]
+        torch.testing.assert_close(probabilities[step - 1], expected, atol=1e-5, rtol=1e-4)
+        assert choices[step - 1].tolist() == logits.argmax(-1).tolist()
+
+
+def test_predictions_over_steps(tmp_path):
+    model, tokenizer = language_model(num_feedback_steps=3)
+    model.train()
+    figure = visualize.predictions_over_steps(model, tokenizer, TEXT, last=8, path=tmp_path / "steps.png")
+    assert model.training, "the mode of the model is left as it was"
+    axes = figure.axes[0]
+    probabilities, choices, _ = visualize.step_predictions(model, tokenizer, TEXT)
+    torch.testing.assert_close(torch.tensor(axes.images[0].get_array().tolist()), probabilities[:, -8:])
+    assert len(axes.texts) == 3 * 8
+    assert "".join(label.get_text() for label in axes.get_xticklabels()) == "ot␣to␣be↵"[-8:]
+    first = tokenizer.decode([choices[0, -8].item()])
+    assert axes.texts[0].get_text() == {" ": "␣", "\n": "↵"}.get(first, first)
+    assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
+def test_a_model_of_one_step_is_refused():
+    model, tokenizer = language_model(feedback_axis="time")
+    with pytest.raises(ValueError, match="one step per position"):
+        visualize.predictions_over_steps(model, tokenizer, TEXT)
+
+
+def test_a_text_of_one_token_is_refused():
+    model, tokenizer = language_model()
+    with pytest.raises(ValueError, match="at least two tokens"):
+        visualize.predictions_over_steps(model, tokenizer, "t")
