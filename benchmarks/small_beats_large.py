@@ -220,6 +220,7 @@ def main() -> None:
         for name in arguments.models:
             if not any(r["model"] == name and r["seed"] == seed for r in finished()):
                 line = run(name, seed)
+                RESULTS.parent.mkdir(exist_ok=True)
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(line) + "\n")
     reached = report()

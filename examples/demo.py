@@ -26,7 +26,6 @@ from feedback_transformers.training import scripts
 
 THINKING = (1, 2, 3, 4, 6, 8, 12)  # feedback steps to evaluate at
 CONTROL = "feedback_signal=none"
-TINY = run_clm.SMOKE["config_overrides"]
 SMOKE = {"output_dir": "runs/smoke/demo", "threads": 1}
 
 
@@ -85,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     def example(script: Any, name: str, **flags: Any) -> dict[str, Any]:
         return run(script, args.smoke, output_dir=folders[name], seed=args.seed, **flags)
 
+    tiny = f",{run_clm.SMOKE['config_overrides']}" if args.smoke else ""
+
     def unless_smoke(value: Any) -> Any:
         return None if args.smoke else value
 
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     }
     models = {
         "feedback": example(run_clm, "feedback", **training),
-        "feed-forward": example(run_clm, "control", config_overrides=f"{CONTROL},{TINY}" if args.smoke else CONTROL, **training),
+        "feed-forward": example(run_clm, "control", config_overrides=CONTROL + tiny, **training),
     }
     histories = {"feedback": history(folders["feedback"]), "feed-forward": history(folders["control"])}
     visualize.loss_curves(histories, output / "loss_curves.png")

@@ -29,12 +29,9 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "learning_rate": 1e-2,
-    "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
-    "logging_steps": 50,
     "save_strategy": "steps",
     "save_steps": 250,
-    "save_total_limit": 1,
 }
 SMALL = ("block_size", "max_train_samples", "max_eval_samples", "per_device_train_batch_size", "logging_steps")
 SMOKE = {"output_dir": "runs/smoke/lora", "max_steps": 2, **{name: run_clm.SMOKE[name] for name in SMALL}}
@@ -49,7 +46,8 @@ class LoraArguments:
     lora_alpha: int = field(default=16, metadata={"help": "Their scale is lora_alpha / lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters."})
     target_modules: str | None = field(
-        default=None, metadata={"help": "Names of projections with commas between, or all-linear; else PEFT's default."}
+        default=None,
+        metadata={"help": "Names of projections, with commas, or all-linear; else PEFT's default."},
     )
 
 

@@ -1,8 +1,8 @@
 """Classifies texts with a small feedback network trained from nothing, or with a checkpoint.
 
-    python examples/run_classification.py                        # is a sentence about a film positive?
-    python examples/run_classification.py --train_file my.csv --text_column review --label_column stars
-    python examples/run_classification.py --model_name_or_path runs/clm      # the body of a language model
+python examples/run_classification.py                        # is a sentence about a film positive?
+python examples/run_classification.py --train_file my.csv --text_column review --label_column stars
+python examples/run_classification.py --model_name_or_path runs/clm      # the body of a language model
 """
 
 from __future__ import annotations
@@ -43,20 +43,14 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/classification",
     "dataset_name": "movie-sentiment",
-    "do_train": True,
-    "do_eval": True,
-    "do_predict": True,
     "num_train_epochs": 4,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 128,
     "learning_rate": 1e-3,
-    "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "weight_decay": 0.1,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "logging_steps": 50,
     "load_best_model_at_end": True,
     "metric_for_best_model": "accuracy",
 }
@@ -129,16 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         compute_metrics=compute_metrics,
         callbacks=[StopOnNonFinite()],
     )
-    results = {}
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
-        scripts.record(trainer, "train", result.metrics)
-    if training_args.do_eval:
-        results = trainer.evaluate()
-        scripts.record(trainer, "eval", results)
-    if training_args.do_predict and "test" in encoded:
-        results = trainer.predict(encoded["test"]).metrics
-        scripts.record(trainer, "test", results)
+    results = scripts.fit(trainer, encoded.get("test"))
 
     scripts.publish(
         trainer,

@@ -1,9 +1,9 @@
 """Trains a feedback language model, or trains one further, with the stock Trainer.
 
-    python examples/run_clm.py                                   # Shakespeare, character by character
-    python examples/run_clm.py --tokenizer bpe --train_file my.txt --config_overrides hidden_size=256
-    python examples/run_clm.py --model_name_or_path runs/clm --dataset_name python-docs --output_dir runs/more
-    python examples/run_clm.py arguments.json
+python examples/run_clm.py                                   # Shakespeare, character by character
+python examples/run_clm.py --tokenizer bpe --train_file my.txt --config_overrides hidden_size=256
+python examples/run_clm.py --model_name_or_path runs/clm --dataset_name python-docs --output_dir runs/more
+python examples/run_clm.py arguments.json
 """
 
 from __future__ import annotations
@@ -44,21 +44,17 @@ EMBEDDING_STD = 0.5  # with a readout of its own; a tied one needs small embeddi
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/clm",
     "dataset_name": "shakespeare",
-    "do_train": True,
-    "do_eval": True,
     "max_steps": 3000,
     "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 64,
     "learning_rate": 3e-3,
     "muon_learning_rate": 1e-2,
-    "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.1,
     "eval_strategy": "steps",
     "eval_steps": 500,
     "save_steps": 500,
     "save_total_limit": 2,
-    "logging_steps": 50,
     "min_feedback_steps": 3,
     "max_feedback_steps": 6,
 }

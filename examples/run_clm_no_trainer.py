@@ -1,7 +1,7 @@
 """run_clm.py without Trainer: a loop of one's own with Accelerate, which can be stopped and resumed.
 
-    python examples/run_clm_no_trainer.py
-    accelerate launch examples/run_clm_no_trainer.py --resume_from_checkpoint true
+python examples/run_clm_no_trainer.py
+accelerate launch examples/run_clm_no_trainer.py --resume_from_checkpoint true
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LoopArguments:
     report_to: str = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ... or none."})
     seed: int = field(default=42, metadata={"help": "Of everything random."})
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the model at the end."})
-    hub_model_id: str | None = field(default=None, metadata={"help": "The repository; by default named as output_dir."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "The repository; else named as output_dir."})
     hub_token: str | None = field(default=None, metadata={"help": "Access token with the right to write."})
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction, Trainer, TrainingArguments, set_seed
 
 from feedback_transformers import data, metrics
-from feedback_transformers.training import StopOnNonFinite, scripts
+from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
 
 ARCHITECTURE = {
     "feedback_axis": "depth",
@@ -33,22 +33,15 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/forecasting",
     "dataset_name": "electricity",
-    "do_train": True,
-    "do_eval": True,
-    "do_predict": True,
-    "max_steps": 1500,
-    "per_device_train_batch_size": 32,
+    "max_steps": 1000,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 128,
     "learning_rate": 3e-3,
-    "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.05,
-    "adam_beta2": 0.98,
     "eval_strategy": "steps",
     "eval_steps": 500,
     "save_steps": 500,
-    "save_total_limit": 1,
-    "logging_steps": 50,
     "label_names": ["future_values"],
 }
 SMOKE: dict[str, Any] = {
@@ -64,7 +57,7 @@ SMOKE: dict[str, Any] = {
 
 @dataclass
 class SeriesArguments(scripts.DataArguments):
-    value_column: str = field(default="value", metadata={"help": "The column that holds the series, in order of time."})
+    value_column: str = field(default="value", metadata={"help": "The column that holds the series, in order."})
     context_length: int = field(default=168, metadata={"help": "Steps of the past that a forecast is made from."})
     prediction_length: int = field(default=24, metadata={"help": "Steps ahead."})
     season: int = field(default=24, metadata={"help": "The period of MASE and of the first naive forecast."})
@@ -88,11 +81,8 @@ def windows(series: DatasetDict, arguments: SeriesArguments) -> DatasetDict:
     )
 
 
-def naive(dataset: Dataset, season: int, length: int) -> np.ndarray | None:
-    """The seasonal naive forecast [N, length]: what was `season` steps before; None where the past is too short."""
-    past = np.asarray(dataset["past_values"])
-    if not 0 < season <= past.shape[1]:
-        return None
+def naive(past: np.ndarray, season: int, length: int) -> np.ndarray:
+    """The seasonal naive forecast [N, length] from the past [N, T]: what was `season` steps before."""
     return np.tile(past[:, -season:], (1, -(-length // season)))[:, :length]
 
 
@@ -130,23 +120,16 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=dataset["validation"].with_format("torch"),
         compute_metrics=compute_metrics,
         callbacks=[StopOnNonFinite()],
+        optimizers=(MuonAdamW(model, training_args.learning_rate, weight_decay=training_args.weight_decay), None),
     )
-    results = {}
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
-        scripts.record(trainer, "train", result.metrics)
-    if training_args.do_eval:
-        results = trainer.evaluate()
-        scripts.record(trainer, "eval", results)
-    if training_args.do_predict and "test" in dataset:
-        test = dataset["test"]
-        results = trainer.predict(test.with_format("torch")).metrics
-        for season in (series_args.season, series_args.long_season):
-            forecast = naive(test, season, series_args.prediction_length)
-            if forecast is not None:
-                results[f"test_mase_naive_{season}"] = error(forecast, np.asarray(test["future_values"]))
-        scripts.record(trainer, "test", results)
 
+    def naive_errors(predictions: np.ndarray) -> dict[str, float]:
+        past, future = (np.asarray(dataset["test"][name]) for name in ("past_values", "future_values"))
+        seasons = [season for season in (series_args.season, series_args.long_season) if season <= past.shape[1]]
+        return {f"test_mase_naive_{season}": error(naive(past, season, future.shape[1]), future) for season in seasons}
+
+    test = dataset["test"].with_format("torch") if "test" in dataset else None
+    results = scripts.fit(trainer, test, naive_errors)
     scripts.publish(
         trainer,
         None,

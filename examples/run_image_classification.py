@@ -36,31 +36,25 @@ ARCHITECTURE = {
     "feedback_connection": "gate",
     "encoder_type": "cnn",
     "decoder_type": "mlp",
-    "num_encoder_layers": 1,
+    "num_encoder_layers": 2,
     "num_feedback_layers": 1,
     "num_decoder_layers": 1,
     "num_feedback_steps": 4,
     "supervision": "all",
+    "initializer_range": 0.06,
 }
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "image_size": 28, "patch_size": 2, "num_channels": 1}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "image_size": 28, "patch_size": 4, "num_channels": 1}
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/image-classification",
     "dataset_name": "mnist-5k",
-    "do_train": True,
-    "do_eval": True,
-    "do_predict": True,
-    "num_train_epochs": 20,
+    "num_train_epochs": 36,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 250,
     "learning_rate": 4e-3,
-    "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "weight_decay": 0.05,
-    "label_smoothing_factor": 0.0,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "logging_steps": 50,
     "remove_unused_columns": False,  # the pixels are made of the image column
 }
 SMOKE: dict[str, Any] = {
@@ -173,22 +167,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         compute_metrics=compute_metrics,
         callbacks=[StopOnNonFinite()],
     )
-    results = {}
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
-        scripts.record(trainer, "train", result.metrics)
-    if training_args.do_eval:
-        results = trainer.evaluate()
-        scripts.record(trainer, "eval", results)
-    if training_args.do_predict and "test" in inputs:
-        results = trainer.predict(inputs["test"]).metrics
-        steps = accuracy_per_step(model, inputs["test"], default_data_collator)
-        for step, share in enumerate(steps, start=1):
-            results[f"test_accuracy_step_{step}"] = share
-        picture = Path(training_args.output_dir) / "accuracy_per_step.png"
-        visualize.accuracy_per_step({"test": steps}, picture)
-        scripts.record(trainer, "test", results)
 
+    def every_step(predictions: np.ndarray) -> dict[str, float]:
+        shares = accuracy_per_step(model, inputs["test"], default_data_collator)
+        visualize.accuracy_per_step({"test": shares}, Path(training_args.output_dir) / "accuracy_per_step.png")
+        return {f"test_accuracy_step_{step}": share for step, share in enumerate(shares, start=1)}
+
+    results = scripts.fit(trainer, inputs.get("test"), every_step)
     scripts.publish(
         trainer,
         processor,

@@ -41,14 +41,10 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/seq2seq",
     "dataset_name": "modern-bible",
-    "do_train": True,
-    "do_eval": True,
-    "do_predict": True,
     "max_steps": 4000,
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "learning_rate": 2e-3,
-    "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.05,
     "adam_beta2": 0.98,
@@ -56,8 +52,6 @@ DEFAULTS: dict[str, Any] = {
     "eval_strategy": "steps",
     "eval_steps": 1000,
     "save_steps": 1000,
-    "save_total_limit": 1,
-    "logging_steps": 50,
     "max_eval_samples": 300,
 }
 SMOKE: dict[str, Any] = {
@@ -79,7 +73,7 @@ class PairArguments(scripts.DataArguments):
     target_column: str = field(default="target", metadata={"help": "The column that holds what is written."})
     vocab_size: int = field(default=4096, metadata={"help": "Of the tokenizer of a new model."})
     max_source_length: int = field(default=128, metadata={"help": "Longer sources are cut."})
-    max_target_length: int = field(default=96, metadata={"help": "Longer targets are cut, and none longer is written."})
+    max_target_length: int = field(default=96, metadata={"help": "Longer targets are cut; none longer is written."})
     num_beams: int = field(default=1, metadata={"help": "1 writes greedily."})
     metric: str | None = field(
         default=None, metadata={"help": "bleu (with chrF) or rouge; by default rouge for aws-docs and bleu elsewhere."}
@@ -156,22 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         compute_metrics=compute_metrics,
         callbacks=[StopOnNonFinite()],
     )
-    results = {}
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
-        scripts.record(trainer, "train", result.metrics)
-    if training_args.do_eval:
-        results = trainer.evaluate()
-        scripts.record(trainer, "eval", results)
-    if training_args.do_predict and "test" in encoded:
-        output = trainer.predict(encoded["test"])
-        results, test = output.metrics, dataset["test"]
-        copied = score(test[pair_args.source_column], test[pair_args.target_column], metric)
-        results |= {f"test_{name}_of_the_source": value for name, value in copied.items()}
-        scripts.record(trainer, "test", results)
-        for source, written, _ in zip(test[pair_args.source_column], texts_of(output.predictions), range(3)):
-            print(f"  {source}\n-> {written}\n")
 
+    def compare(predictions: np.ndarray) -> dict[str, float]:
+        test = dataset["test"]
+        sources, targets = test[pair_args.source_column], test[pair_args.target_column]
+        for source, written in zip(sources[:3], texts_of(predictions[:3]), strict=True):
+            print(f"  {source}\n-> {written}\n")
+        return {f"test_{name}_of_the_source": value for name, value in score(sources, targets, metric).items()}
+
+    results = scripts.fit(trainer, encoded.get("test"), compare)
     scripts.publish(
         trainer,
         tokenizer,

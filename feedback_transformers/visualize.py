@@ -97,7 +97,7 @@ def predictions_over_steps(
     image = axes.imshow(probabilities.numpy(), cmap="YlGnBu", vmin=0, vmax=1, aspect="auto")
     for row in range(rows):
         for column in range(columns):
-            token, right = choices[row, column].item(), choices[row, column] == targets[column]
+            token, right = int(choices[row, column]), choices[row, column] == targets[column]
             axes.text(
                 column,
                 row,
@@ -130,7 +130,7 @@ def step_predictions(
     true tokens [T-1]."""
     ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
     if ids.shape[1] < 2:
-        raise ValueError("Give a text of at least two tokens: the picture shows how each is predicted by those before.")
+        raise ValueError("Give a text of at least two tokens: each is predicted by those before it.")
     training = model.training
     model.eval()
     outputs = model(ids, num_feedback_steps=num_feedback_steps, output_feedback_states=True, use_cache=False)

@@ -38,13 +38,16 @@ CONFIGS = [
     ({"max_position_embeddings": 0}, "max_position_embeddings is 0"),
     ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
     ({"feedback_noise": -0.1}, "feedback_noise is -0.1; it must be 0 or more"),
-    ({"pad_token_id": 50}, "pad_token_id is 50; it must be in the vocabulary"),
-    ({"pad_token_id": -1}, "pad_token_id is -1; it must be in the vocabulary"),
+    ({"pad_token_id": 50}, "pad_token_id is 50; it must be at least 0 and below vocab_size"),
+    ({"pad_token_id": -1}, "pad_token_id is -1; it must be at least 0 and below vocab_size"),
     ({"solver": "jacobi"}, "use that"),
     ({"feedback_interval": 2}, "it needs feedback_axis='time'; set it to 1"),
     ({"feedback_connection": "memory"}, "needs feedback_type='transformer', feedback_axis='time'"),
     ({"feedback_connection": "memory", "feedback_axis": "time", "feedback_interval": 2}, "set feedback_interval=1"),
-    ({"feedback_connection": "memory", "feedback_axis": "time", "feedback_signal": "output"}, "feedback_signal='state'"),
+    (
+        {"feedback_connection": "memory", "feedback_axis": "time", "feedback_signal": "output"},
+        "feedback_signal='state'",
+    ),
     ({"feedback_connection": "memory", "feedback_axis": "time", "backbone_config": "gpt2"}, "instead of gpt2"),
     ({"share_encoder_decoder": True, "decoder_type": "mlp"}, "encoder_type = decoder_type"),
     ({"share_encoder_decoder": True, "is_encoder_decoder": True}, "set one of them to False"),
@@ -94,7 +97,11 @@ def test_unknown_preset():
         (FeedbackForConditionalGeneration, {}, "needs is_encoder_decoder=True"),
         (FeedbackForImageClassification, {}, "needs embedding_type='patches', not 'tokens'"),
         (FeedbackForTimeSeriesPrediction, {}, "needs embedding_type='values', not 'tokens'"),
-        (FeedbackForSequenceClassification, {"embedding_type": "values"}, "needs embedding_type='tokens', not 'values'"),
+        (
+            FeedbackForSequenceClassification,
+            {"embedding_type": "values"},
+            "needs embedding_type='tokens', not 'values'",
+        ),
     ],
 )
 def test_head_refuses_the_config(head, fields, sentence):
@@ -108,7 +115,10 @@ INPUTS = [
     ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "The input is empty: give at least one position"),
     ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "The input is empty"),
     ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"The input has 1 dimensions; it must be \[batch, positions\]"),
-    ({"input_ids": torch.zeros(1, 97, dtype=torch.long)}, r"97 positions are more than max_position_embeddings \(96\)"),
+    (
+        {"input_ids": torch.zeros(1, 97, dtype=torch.long)},
+        r"97 positions are more than max_position_embeddings \(96\)",
+    ),
     ({}, "Give exactly one of input_ids, inputs_embeds"),
     ({"input_ids": tokens(), "inputs_embeds": torch.zeros(2, 13, 32)}, "Give exactly one of"),
     ({"input_ids": tokens(), "attention_mask": torch.ones(2, 12)}, r"attention_mask has the shape \(2, 12\)"),
@@ -135,7 +145,9 @@ def test_a_text_that_grows_too_long_is_refused():
 
 
 def test_without_attention_no_length_is_too_long():
-    model = build(encoder_type="rnn", feedback_type="gru", feedback_axis="time", decoder_type="mlp", feedback_interval=50)
+    model = build(
+        encoder_type="rnn", feedback_type="gru", feedback_axis="time", decoder_type="mlp", feedback_interval=50
+    )
     assert model(tokens(1, 300)).logits.shape == (1, 300, 50)
 
 
@@ -147,12 +159,12 @@ def test_steps_where_they_mean_nothing():
 def test_steps_cannot_change_halfway_through_a_text():
     model = build()
     cache = model(tokens(), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="filled with 3 feedback steps.*this call makes 5.*start again without"):
+    with pytest.raises(ValueError, match="filled with 3 feedback steps.*this call makes 5.*leave past_key_values out"):
         model(tokens(), past_key_values=cache, num_feedback_steps=5)
 
 
 def test_output_feedback_without_a_head():
-    with pytest.raises(ValueError, match=r"use a FeedbackFor\.\.\. class, or tie_word_embeddings"):
+    with pytest.raises(ValueError, match=r"use a FeedbackFor\.\.\. class, or set tie_word_embeddings=True"):
         build(FeedbackModel, feedback_signal="output", tie_word_embeddings=False)(tokens())
 
 

@@ -68,7 +68,9 @@ def test_demo(tmp_path, capsys):
     with Image.open(tmp_path / "predictions_over_steps.png") as picture:
         assert picture.format == "PNG"
     assert "perplexity of the feed-forward control" in (tmp_path / "model" / "README.md").read_text()
-    sizes = [AutoModelForCausalLM.from_pretrained(tmp_path / name).num_parameters() for name in ("feedback", "control")]
+    sizes = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name).num_parameters() for name in ("feedback", "control")
+    ]
     assert sizes[0] == sizes[1]
 
 
@@ -99,7 +101,7 @@ def test_text_file(script, verses, tmp_path):
 def test_a_text_file_keeps_its_line_breaks_and_its_end_is_for_validation(verses):
     scripts = importlib.import_module("feedback_transformers.training.scripts")
     dataset = scripts.DataArguments(train_file=str(verses)).load(shuffle=False)
-    assert "".join(dataset["train"]["text"] + dataset["validation"]["text"]) == verses.read_text()
+    assert "".join([*dataset["train"]["text"], *dataset["validation"]["text"]]) == verses.read_text()
     assert len(dataset["validation"]) == 20
 
 
@@ -108,7 +110,8 @@ def test_csv_of_texts_and_names_of_classes(tmp_path):
         with open(tmp_path / f"{name}.csv", "w", newline="") as file:
             rows = csv.writer(file)
             rows.writerow(["review", "stars"])
-            rows.writerows([f"what a {word} film, number {i}", word] for i in range(12) for word in ("bad", "good", "odd"))
+            words = ("bad", "good", "odd")
+            rows.writerows([f"what a {word} film, number {i}", word] for i in range(12) for word in words)
     flags = ["--text_column", "review", "--label_column", "stars", "--output_dir", tmp_path / "out"]
     for name in ("train", "validation"):
         flags += [f"--{name}_file", tmp_path / f"{name}.csv"]
@@ -163,11 +166,12 @@ def test_arguments_in_a_json_file(tmp_path):
 @pytest.mark.parametrize("script", ["run_clm", "run_clm_no_trainer"])
 def test_a_resumed_run_ends_where_the_whole_one_does(script, tmp_path):
     checkpoint = {"run_clm": "checkpoint-2", "run_clm_no_trainer": "step_2"}[script]
-    whole = run(script, "--output_dir", tmp_path / "whole")
+    text = ["--dataset_name", "python-docs"]
+    whole = run(script, *text, "--output_dir", tmp_path / "whole")
     again = ["--output_dir", tmp_path / "again", "--resume_from_checkpoint"]
-    resumed = run(script, *again, tmp_path / "whole" / checkpoint)
+    resumed = run(script, *text, *again, tmp_path / "whole" / checkpoint)
     assert resumed["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
-    last = run(script, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "true")
+    last = run(script, *text, "--output_dir", tmp_path / "whole", "--resume_from_checkpoint", "true")
     assert last["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6), "nothing was left to train"
 
 

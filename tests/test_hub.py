@@ -103,13 +103,17 @@ def test_auto_map_is_complete_and_its_files_travel(head, tmp_path):
         file, name = reference.split(".")
         assert f"class {name}(" in (tmp_path / f"{file}.py").read_text()
     for file in tmp_path.glob("*.py"):
-        assert not re.search(r"^\s*(from|import) feedback_transformers|^\s*from \. import", file.read_text(), re.M), file
+        assert not re.search(r"^\s*(from|import) feedback_transformers|^\s*from \. import", file.read_text(), re.M), (
+            file
+        )
 
 
 def test_push_to_hub_from_save_pretrained_uploads_the_code(tmp_path, monkeypatch):
     """What is in the folder at the moment of the upload is what the Hub gets."""
     uploaded = []
-    monkeypatch.setattr(FeedbackForCausalLM, "_upload_modified_files", lambda *a, **k: uploaded.extend(os.listdir(a[1])))
+    monkeypatch.setattr(
+        FeedbackForCausalLM, "_upload_modified_files", lambda *a, **k: uploaded.extend(os.listdir(a[1]))
+    )
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *a, **k: type("Repo", (), {"repo_id": "me/it"}))
     build().save_pretrained(tmp_path / "it", push_to_hub=True)
     assert {"config.json", "model.safetensors", "modeling_feedback.py", "feedback_loop.py"} <= set(uploaded)
@@ -161,7 +165,7 @@ KINDS = {  # key -> mean and standard deviation of a fresh one, with initializer
         "model.loop.cell.layers.0.0.state_proj.bias": (0.0, 0.0),
         "model.norm.weight": (1.0, 0.0),
     },
-    "diagonal_gru": {"model.loop.cell.layers.0.0.state_proj.weight": (0.0, 0.5)},
+    "diagonal_gru": {"model.loop.cell.layers.0.0.diagonal.weight": (0.0, 0.5)},
     "conv": {
         "model.loop.cell.layers.0.conv.weight": (0.0, 0.1),
         "model.loop.cell.layers.0.conv.bias": (0.0, 0.0),

@@ -84,7 +84,7 @@ def test_diagonal_gru_is_a_gru_of_diagonal_matrices(length):
     diagonal, full, x = make_recurrence("diagonal_gru"), make_recurrence("gru"), torch.randn(3, length, SIZE)
     with torch.no_grad():
         full.input_proj.load_state_dict(diagonal.input_proj.state_dict())
-        full.state_proj.weight.copy_(torch.cat([torch.diag(gate) for gate in diagonal.state_proj.weight]))
+        full.state_proj.weight.copy_(torch.cat([torch.diag(gate) for gate in diagonal.diagonal.weight]))
         full.state_proj.bias.zero_()
     state = make_state(full)
     n = 1 + 1 + 1 + 1  # h, the last state, and the gradients of x and of the state
@@ -216,8 +216,12 @@ def test_shared_memory_is_what_all_layers_read(family):
             position = cell.rotary(x, context.position_ids)
             states = [x]
             for layer in cell.layers:
-                reader = _Reader([cell.keys_values(m, Context(torch.tensor([[s]]), torch.tensor([s])))
-                                  for s, m in enumerate(merged)])
+                reader = _Reader(
+                    [
+                        cell.keys_values(m, Context(torch.tensor([[s]]), torch.tensor([s])))
+                        for s, m in enumerate(merged)
+                    ]
+                )
                 states.append(layer(states[-1], position_embeddings=position, past_key_values=reader))
             weights = cell.layer_weights.softmax(0)
             merged.append(sum(weight * state for weight, state in zip(weights, states, strict=True)))

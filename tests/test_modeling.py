@@ -32,8 +32,8 @@ from feedback_transformers import (
     FeedbackForTokenClassification,
     FeedbackModel,
 )
-from feedback_transformers.models.feedback_cells import CELLS
 from feedback_transformers.models.configuration_feedback import BACKBONE_TYPES, MODELING, RECURRENT_TYPES
+from feedback_transformers.models.feedback_cells import CELLS
 
 # What the combinations don't contain; the shared body runs over these too.
 VARIANTS = {
@@ -146,7 +146,7 @@ def padding_changes_nothing(fields: dict) -> None:
             mask = torch.cat([mask, mask.new_ones(3, 5)], dim=1)
             second = model(later[:, :5], attention_mask=mask, past_key_values=first.past_key_values, use_cache=True)
             third = model(later[:, 5:], past_key_values=second.past_key_values, use_cache=True)
-            for i, n in enumerate(lengths):
+            for i in range(len(lengths)):
                 real = first.logits[i][mask[i, : padded.shape[1]].bool()]
                 assert_close(torch.cat([real, second.logits[i], third.logits[i]]), alone[i])
 
@@ -223,7 +223,7 @@ def test_variant(fields, tmp_path):
 @each_cell
 @pytest.mark.parametrize("signal", ["state", "output"])
 def test_feedback_is_read(cell, signal):
-    """What was predicted before changes what is predicted now, through the connection and not only through the cell."""
+    """What was predicted before changes what is predicted now, through the connection and not the cell alone."""
     for axis in ("time", "depth"):
         model = build(feedback_type=cell, feedback_signal=signal, feedback_axis=axis)
         batch = tokens()
@@ -299,7 +299,9 @@ def gradients(model, batch, **arguments):
 def assert_same_gradients(actual: dict, expected: dict, tolerance: float = 1e-5) -> None:
     assert actual.keys() == expected.keys()
     for name in expected:
-        torch.testing.assert_close(actual[name], expected[name], atol=tolerance, rtol=1e-4, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(
+            actual[name], expected[name], atol=tolerance, rtol=1e-4, msg=lambda m, n=name: n + m
+        )
 
 
 def differ(actual: dict, expected: dict) -> bool:
@@ -350,7 +352,8 @@ def test_supervision_of_all_steps(fields):
     model, batch = build(supervision="all", **fields), tokens()
     outputs = model(batch, labels=batch)
     losses = [
-        F.cross_entropy(model.lm_head(y)[:, :-1].flatten(0, 1), batch[:, 1:].flatten()) for y in outputs.feedback_states
+        F.cross_entropy(model.lm_head(y)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        for y in outputs.feedback_states
     ]
     assert len(losses) == 3
     assert_close(outputs.loss, torch.stack(losses).mean(), 1e-6)
@@ -448,7 +451,10 @@ def test_attention_implementations_agree(cell, implementation, tmp_path):
 @pytest.mark.parametrize("signal", ["state", "output"])
 @pytest.mark.parametrize("axis", ["time", "depth", "jacobi"])
 def test_gradient_checkpointing(cell, signal, axis):
-    fields = {"feedback_axis": "depth" if axis == "depth" else "time", "solver": "jacobi" if axis == "jacobi" else "sequential"}
+    fields = {
+        "feedback_axis": "depth" if axis == "depth" else "time",
+        "solver": "jacobi" if axis == "jacobi" else "sequential",
+    }
     plain = build(feedback_type=cell, feedback_signal=signal, **fields).train()
     checkpointed = build(feedback_type=cell, feedback_signal=signal, **fields).train()
     checkpointed.load_state_dict(plain.state_dict())
@@ -556,7 +562,9 @@ def test_compiled_pass_equals_eager(cell):
         assert_close(actual, expected, 1e-5)
 
 
-@pytest.mark.parametrize("fields", [{"feedback_type": "gru", "feedback_axis": "time"}, {"feedback_type": "transformer"}])
+@pytest.mark.parametrize(
+    "fields", [{"feedback_type": "gru", "feedback_axis": "time"}, {"feedback_type": "transformer"}]
+)
 def test_compiled_decode_step_equals_eager(fields):
     model, batch = build(decoder_type="mlp", **fields), tokens(2, 8)
     torch._dynamo.reset()
@@ -610,7 +618,12 @@ HEADS = {
     FeedbackForTokenClassification: {"num_labels": 3},
     FeedbackForQuestionAnswering: {},
     FeedbackForConditionalGeneration: {"is_encoder_decoder": True, "decoder_start_token_id": BOS},
-    FeedbackForImageClassification: {"embedding_type": "patches", "is_causal": False, "image_size": 8, "pad_token_id": None},
+    FeedbackForImageClassification: {
+        "embedding_type": "patches",
+        "is_causal": False,
+        "image_size": 8,
+        "pad_token_id": None,
+    },
     FeedbackForTimeSeriesPrediction: {"embedding_type": "values", "prediction_length": 4, "pad_token_id": None},
 }
 each_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
@@ -785,5 +798,7 @@ def test_forecast_feeds_itself_back(axis):
             series = torch.cat([series, series[:, -1:] + model.readout(y)], dim=1)
     expected = series[:, 7:] * (past.std(1, keepdim=True) + 1e-5) + past.mean(1, keepdim=True)
     assert_close(rolled, expected)
+    model.train().activation_checkpointing_enable()  # which makes no cache
+    assert_close(model(past).prediction_outputs, rolled)
     assert model(past, prediction_length=9).prediction_outputs.shape == (2, 9, 2)
     assert model(past[..., 0][..., None].expand(-1, -1, 2)).prediction_outputs.shape == (2, 4, 2)

@@ -250,11 +250,14 @@ class FeedbackConfig(PreTrainedConfig):
         }
         if isinstance(given, dict):  # under the names of FeedbackConfig, where the family has its own
             aliases = type(AutoConfig.for_model(model_type)).attribute_map
-            fields = {next((k for k, v in aliases.items() if v == name), name): value for name, value in fields.items()}
+            names_here = {theirs: ours for ours, theirs in aliases.items()}
+            fields = {names_here.get(name, name): value for name, value in fields.items()}
             fields = {name: value for name, value in fields.items() if name not in ("vocab_size", "pad_token_id")}
         for ours, theirs in shared.items():
-            named = fields.get(theirs) if not isinstance(given, PreTrainedConfig) else getattr(given, theirs or ours, None)
-            if theirs is not None and named is not None:
+            named = (
+                fields.get(theirs) if not isinstance(given, PreTrainedConfig) else getattr(given, theirs or "", None)
+            )
+            if named is not None:
                 setattr(self, ours, named)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
@@ -328,7 +331,7 @@ class FeedbackConfig(PreTrainedConfig):
         rules = [
             (
                 self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,
-                f"pad_token_id is {self.pad_token_id}; it must be in the vocabulary, below vocab_size ({self.vocab_size}).",
+                f"pad_token_id is {self.pad_token_id}; it must be at least 0 and below vocab_size ({self.vocab_size}).",
             ),
             (
                 self.solver == "jacobi" and self.feedback_axis == "depth",

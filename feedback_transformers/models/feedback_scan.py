@@ -53,10 +53,14 @@ class GRU(nn.Module):
     def __init__(self, size: int) -> None:
         super().__init__()
         self.input_proj = nn.Linear(size, self.num_gates * size)
-        self.state_proj = self.make_state_proj(size)
+        self.add_state_projection(size)
 
-    def make_state_proj(self, size: int) -> nn.Module:
-        return nn.Linear(size, self.num_gates * size)
+    def add_state_projection(self, size: int) -> None:
+        self.state_proj = nn.Linear(size, self.num_gates * size)
+
+    def project_state(self, h: Tensor) -> Tensor:
+        """[..., D] -> [..., 3D]"""
+        return self.state_proj(h)
 
     def initial_state(self, x: Tensor) -> GRUState:
         """Zeros for inputs [..., D]."""
@@ -65,7 +69,7 @@ class GRU(nn.Module):
     def step(self, gates: Tensor, state: GRUState) -> GRUState:
         """One step from the projected input [..., 3D]."""
         r_x, z_x, n_x = gates.chunk(3, dim=-1)
-        r_h, z_h, n_h = self.state_proj(state.h.to(gates.dtype)).chunk(3, dim=-1)
+        r_h, z_h, n_h = self.project_state(state.h.to(gates.dtype)).chunk(3, dim=-1)
         r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
         n = torch.tanh(n_x + r * n_h)
         return GRUState(torch.lerp(n.float(), state.h, z.float()))
@@ -80,8 +84,11 @@ class GRU(nn.Module):
 class DiagonalGRU(GRU):
     """A GRU whose recurrent matrices are diagonal: no channel reads another's state."""
 
-    def make_state_proj(self, size: int) -> nn.Module:
-        return Diagonal(size, self.num_gates)
+    def add_state_projection(self, size: int) -> None:
+        self.diagonal = Diagonal(size, self.num_gates)  # another name, since PEFT's default targets are found by name
+
+    def project_state(self, h: Tensor) -> Tensor:
+        return self.diagonal(h)
 
 
 class LSTM(nn.Module):
@@ -147,10 +154,10 @@ def scan_reference(
 
 def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
     """torch's kernel reads the weights itself: only plain float32 layers, which no adapter wraps, may go there."""
-    plain = type(cell.input_proj) is nn.Linear and type(cell.state_proj) is nn.Linear
-    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (cell.input_proj, cell.state_proj))
+    projections = (cell.input_proj, getattr(cell, "state_proj", None))
+    plain = all(type(m) is nn.Linear and not (m._forward_hooks or m._forward_pre_hooks) for m in projections)
     autocast = torch.is_autocast_enabled(x.device.type)
-    return plain and not hooked and not autocast and x.dtype == cell.input_proj.weight.dtype == torch.float32
+    return plain and not autocast and x.dtype == cell.input_proj.weight.dtype == torch.float32
 
 
 def _weights(input_proj: Any, state_proj: Any) -> list[Tensor]:

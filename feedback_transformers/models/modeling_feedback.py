@@ -86,7 +86,9 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, **kwargs)
         for model in (module for module in self.modules() if isinstance(module, FeedbackModel)):
             parts = [model.loop.cell]
-            if (self.config.feedback_axis, self.config.feedback_signal) == ("time", "output"):  # decodes within the loop
+            if (
+                self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
+            ):  # it decodes as it goes
                 parts.append(model.encoder if model.decoder is None else model.decoder)
             for layer in (layer for part in parts for layer in part.modules()):
                 if isinstance(layer, GradientCheckpointingLayer):
@@ -327,6 +329,9 @@ class FeedbackGenerationMixin(GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("Assisted decoding takes tokens back, and a feedback state can't be undone: leave it out.")
 
 
 class FeedbackLMHead(FeedbackPreTrainedModel):

@@ -93,6 +93,6 @@ class FeedbackForTimeSeriesPrediction(FeedbackPreTrainedModel):
                 return_dict=True,
             )
             cache = outputs.past_key_values
-            value = value[:, -1:] + self.readout(outputs.last_hidden_state[:, -1:])
-            values.append(value)
+            values.append(value[:, -1:] + self.readout(outputs.last_hidden_state[:, -1:]))
+            value = values[-1] if cache is not None else torch.cat([value, values[-1]], dim=1)
         return torch.cat(values, dim=1)

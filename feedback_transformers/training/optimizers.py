@@ -24,7 +24,7 @@ class MuonAdamW(torch.optim.Optimizer):
         inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]
         if not inner:
             raise ValueError("This model has no weight matrix to train with Muon: use AdamW.")
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in trained if p.ndim > 1 and (p.ndim > 2 or id(p) in outer)]},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]

@@ -9,7 +9,7 @@ import ast
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,16 @@ from .. import data, hub
 from ..models.configuration_feedback import PRESETS, FeedbackConfig
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
+TRAINING = {  # defaults of all scripts that use Trainer
+    "do_train": True,
+    "do_eval": True,
+    "do_predict": True,
+    "lr_scheduler_type": "cosine",
+    "save_total_limit": 1,
+    "logging_steps": 50,
+}
 BUILDERS = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}  # by the ending of a file
 
 
@@ -52,8 +60,8 @@ class DataArguments:
         """
         from datasets import load_dataset
 
-        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        files = {split: name for split, name in files.items() if name is not None}
+        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        files = {split: name for split, name in given.items() if name is not None}
         if files:
             dataset = _load_files(files)
         elif self.dataset_name is None:
@@ -69,8 +77,8 @@ class DataArguments:
             share = self.validation_split_percentage / 100
             if len(dataset["train"]) * share < 1:
                 raise ValueError(
-                    f"{len(dataset['train'])} examples are too few to keep {self.validation_split_percentage} % of them "
-                    "for validation: give --validation_file."
+                    f"{len(dataset['train'])} examples are too few to keep {self.validation_split_percentage} % of "
+                    "them for validation: give --validation_file."
                 )
             parts = dataset["train"].train_test_split(share, shuffle=shuffle, seed=0)
             dataset["train"], dataset["validation"] = parts["train"], parts["test"]
@@ -108,7 +116,12 @@ def _load_files(files: dict[str, str]) -> DatasetDict:
         options: dict[str, Any] = {"keep_linebreaks": True} if BUILDERS[ending] == "text" else {}
         if ending == "tsv":
             options = {"sep": "\t"}
-        dataset[split] = load_dataset(BUILDERS[ending], data_files=name, split="train", **options)
+        try:
+            dataset[split] = load_dataset(BUILDERS[ending], data_files=name, split="train", **options)
+        except ValueError as error:
+            if "corresponds to no data" in str(error):  # a csv file with a header alone
+                raise ValueError(f"{name} has no examples: there is nothing to learn from.") from None
+            raise
     return dataset
 
 
@@ -144,7 +157,7 @@ class ModelArguments:
 
 
 def overrides(text: str | None) -> dict[str, Any]:
-    """ "hidden_size=256,is_causal=false,solver=jacobi" -> {"hidden_size": 256, "is_causal": False, "solver": "jacobi"}"""
+    """hidden_size=256,is_causal=false,solver=jacobi -> the fields of FeedbackConfig by name"""
     result: dict[str, Any] = {}
     for pair in filter(None, (text or "").split(",")):
         name, equals, value = (part.strip() for part in pair.partition("="))
@@ -171,9 +184,10 @@ def parse(
     """
     parser = HfArgumentParser(types)
     given = list(sys.argv[1:] if arguments is None else arguments)
-    defaults = dict(defaults or {})
+    defaults = defaults or {}
     if any(issubclass(kind, TrainingArguments) for kind in types):
-        defaults.setdefault("dataloader_pin_memory", torch.accelerator.is_available())  # else PyTorch warns
+        pin = torch.accelerator.is_available()  # without one, PyTorch warns
+        defaults = {**TRAINING, "dataloader_pin_memory": pin, **defaults}
     if len(given) == 1 and given[0].endswith(".json"):
         values = json.loads(Path(given[0]).read_text(encoding="utf-8"))
         return parser.parse_dict({**defaults, **(smoke or {} if values.get("smoke") else {}), **values})
@@ -192,6 +206,28 @@ def resume(args: TrainingArguments) -> str | bool | None:
     """What Trainer.train wants: a checkpoint, or True for the last one of output_dir."""
     given = args.resume_from_checkpoint
     return given.lower() == "true" if given and given.lower() in ("true", "false") else given
+
+
+def fit(
+    trainer: Trainer, test: Dataset | None = None, more: Callable[[Any], dict[str, float]] | None = None
+) -> dict[str, float]:
+    """Trains, evaluates and tests, as --do_train, --do_eval and --do_predict say; the metrics of the last of these.
+
+    `more`: further metrics, of the predictions for `test`.
+    """
+    args, metrics = trainer.args, dict[str, float]()
+    if args.do_train:
+        record(trainer, "train", trainer.train(resume_from_checkpoint=resume(args)).metrics)
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        record(trainer, "eval", metrics)
+    if args.do_predict and test is not None:
+        output = trainer.predict(test)
+        metrics = dict(output.metrics or {})
+        if more is not None:
+            metrics |= more(output.predictions)
+        record(trainer, "test", metrics)
+    return metrics
 
 
 def record(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:

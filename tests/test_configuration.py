@@ -1,0 +1,88 @@
+"""FeedbackConfig: what it derives, keeps and borrows. What it refuses is in test_bad_input.py."""
+
+import pytest
+from conftest import build, tiny, tokens
+from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen3Config
+
+from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM
+from feedback_transformers.models.configuration_feedback import AUTO_MAP, BACKBONE_TYPES, MODELING
+
+
+def test_defaults_build():
+    config = FeedbackConfig()
+    assert (config.intermediate_size, config.num_key_value_heads) == (1024, 4)
+    assert config.auto_map == AUTO_MAP and set(MODELING) < set(AUTO_MAP)
+    assert isinstance(config.backbone_config, LlamaConfig)
+
+
+@pytest.mark.parametrize("family", BACKBONE_TYPES)
+def test_round_trip(family, tmp_path):
+    config = tiny(backbone_config={"model_type": family}, feedback_noise=0.1, num_feedback_steps=5, hidden_act="gelu")
+    config.save_pretrained(tmp_path)
+    for loaded in (FeedbackConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(loaded) is FeedbackConfig
+        assert loaded.to_diff_dict() == config.to_diff_dict()
+        assert loaded.backbone_config.to_dict() == config.backbone_config.to_dict()
+    assert type(loaded.backbone_config) is type(AutoConfig.for_model(family))
+
+
+@pytest.mark.parametrize("family", BACKBONE_TYPES)
+def test_sizes_go_to_the_backbone(family):
+    backbone = tiny(backbone_config=family, num_key_value_heads=2, hidden_act="relu", dropout=0.25).backbone_config
+    assert (backbone.hidden_size, backbone.num_attention_heads, backbone.max_position_embeddings) == (32, 4, 96)
+    if family == "gpt2":
+        assert (backbone.n_inner, backbone.activation_function) == (48, "relu")
+    else:
+        assert (backbone.intermediate_size, backbone.hidden_act, backbone.num_key_value_heads) == (48, "relu", 2)
+        assert backbone.attention_dropout == 0.25
+        assert getattr(backbone, "head_dim", 8) == 8
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"model_type": "llama", "hidden_size": 48, "num_attention_heads": 6},
+        LlamaConfig(hidden_size=48, num_attention_heads=6, num_key_value_heads=6, intermediate_size=192),
+        {"model_type": "gpt2", "n_embd": 48, "n_head": 6},
+        GPT2Config(n_embd=48, n_head=6),
+    ],
+)
+def test_sizes_that_the_backbone_names_win(backbone):
+    """And what is derived is derived of them."""
+    config = FeedbackConfig(vocab_size=50, backbone_config=backbone)
+    assert (config.hidden_size, config.num_attention_heads, config.num_key_value_heads) == (48, 6, 6)
+    assert config.intermediate_size == 192
+    assert FeedbackForCausalLM(config)(tokens()).logits.shape == (2, 13, 50)
+
+
+def test_a_given_backbone_is_copied():
+    backbone = Qwen3Config(
+        hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=48
+    )
+    config = tiny(backbone_config=backbone)
+    assert config.backbone_config is not backbone
+    assert config.backbone_config.head_dim == 16 and config.num_key_value_heads == 2
+    assert build(backbone_config=backbone).model.encoder.layers[0].self_attn.q_proj.weight.shape == (64, 32)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = FeedbackConfig.preset(name, vocab_size=50, hidden_size=32)
+    assert {field: getattr(config, field) for field in PRESETS[name]} == PRESETS[name]
+    assert FeedbackConfig.preset(name, num_feedback_layers=5).num_feedback_layers == 5
+    with pytest.raises(Exception, match="positional"):
+        FeedbackConfig(50)
+
+
+def test_num_hidden_layers_is_not_inflated():
+    config = tiny(num_feedback_layers=2)
+    assert config.num_hidden_layers == 2
+    config.num_hidden_layers = 3
+    assert config.num_feedback_layers == 3
+
+
+def test_labels(tmp_path):
+    config = tiny(num_labels=5)
+    config.save_pretrained(tmp_path)
+    assert FeedbackConfig.from_pretrained(tmp_path).num_labels == 5
+    assert FeedbackConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7

@@ -1,0 +1,359 @@
+"""The stock Trainer, a bare Accelerate loop, and the callbacks."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import BOS, EOS, assert_close, build, make_tokenizer, tokens
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from feedback_transformers import (
+    FeedbackForConditionalGeneration,
+    FeedbackForSequenceClassification,
+)
+from feedback_transformers.models.feedback_loop import FeedbackLoop
+from feedback_transformers.training import SampleFeedbackSteps, StopOnNonFinite, draw_steps
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Accelerate keeps the precision of the first Trainer for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def dataset(rows: int = 32, length: int = 16) -> Dataset:
+    ids = tokens(rows, length).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def arguments(folder, **fields) -> TrainingArguments:
+    fields = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 8,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "seed": 5,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **fields,
+    }
+    return TrainingArguments(output_dir=str(folder), **fields)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+MODELS = [
+    {"feedback_type": "gru", "feedback_axis": "time"},
+    {"feedback_type": "transformer", "dropout": 0.1, "feedback_noise": 0.1},
+    {"feedback_axis": "time", "solver": "jacobi", "feedback_signal": "output", "supervision": "all"},
+]
+
+
+@pytest.mark.parametrize("fields", MODELS, ids=["time", "depth", "jacobi"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_resumed_training_is_the_uninterrupted_one(fields, sampled, tmp_path):
+    """To the bit, noise, dropout and drawn steps included."""
+    if sampled and fields.get("feedback_axis") == "time" and "solver" not in fields:
+        fields = {**fields, "solver": "jacobi"}
+
+    def make(folder) -> Trainer:
+        return Trainer(
+            build(**fields),
+            arguments(folder),
+            train_dataset=dataset(),
+            callbacks=[SampleFeedbackSteps(1, 5)] if sampled else None,
+        )
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    assert len(losses(whole)) == 8 and losses(whole)[-1] < losses(whole)[0]
+    resumed = make(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(resumed) == losses(whole)
+    for expected, actual in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("fields", MODELS, ids=["time", "depth", "jacobi"])
+def test_evaluation_and_prediction(fields, tmp_path):
+    """Logits come back, the cache and the trajectory do not, and the metrics are those of the logits."""
+    trainer = Trainer(
+        build(**fields),
+        arguments(tmp_path, per_device_eval_batch_size=3),
+        eval_dataset=dataset(8),
+        compute_metrics=lambda p: {"accuracy": (p.predictions[:, :-1].argmax(-1) == p.label_ids[:, 1:]).mean()},
+    )
+    metrics = trainer.evaluate()
+    predicted = trainer.predict(dataset(8))
+    model, batch = trainer.model.eval(), tokens(8, 16)
+    outputs = model(batch, labels=batch)
+    assert predicted.predictions.shape == (8, 16, 50)
+    np.testing.assert_allclose(predicted.predictions, outputs.logits.detach().numpy(), atol=1e-4)
+    assert metrics["eval_loss"] == pytest.approx(outputs.loss.item(), abs=1e-4)
+    assert "eval_accuracy" in metrics
+
+
+def test_classification_with_padding(tmp_path):
+    rows = [{"input_ids": tokens(1, n)[0].tolist(), "label": n % 2} for n in range(3, 23)]
+    model = build(FeedbackForSequenceClassification, num_labels=2, feedback_type="gru", feedback_axis="time")
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=4),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=make_tokenizer(),
+    )
+    trainer.train()
+    logits = trainer.predict(Dataset.from_list(rows)).predictions
+    assert logits.shape == (20, 2)
+    alone = model.eval()(torch.tensor([rows[0]["input_ids"]])).logits[0]
+    np.testing.assert_allclose(logits[0], alone.detach().numpy(), atol=1e-4)
+
+
+def test_gradient_accumulation_equals_the_big_batch(tmp_path):
+    """Rows of unequal lengths, so that the mean of means is not the mean."""
+    rows = dataset(16).to_list()
+    for i, row in enumerate(rows):
+        row["labels"] = row["labels"][: 4 + i % 12] + [-100] * (12 - i % 12)
+    weights, logged = [], []
+    for batch, accumulate in ((8, 1), (2, 4)):
+        trainer = Trainer(
+            build(),
+            arguments(
+                tmp_path / str(batch),
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulate,
+                max_steps=2,
+                optim="sgd",
+                learning_rate=0.1,
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=Dataset.from_list(rows),
+        )
+        trainer.train()
+        weights.append(list(trainer.model.parameters()))
+        logged.append(losses(trainer))
+    assert logged[0] == pytest.approx(logged[1], abs=1e-4)
+    for big, small in zip(*weights, strict=True):
+        assert_close(small, big, 1e-5)
+
+
+def test_trainer_with_activation_checkpointing_and_bf16(tmp_path):
+    trainer = Trainer(
+        build(feedback_type="gru"),
+        arguments(tmp_path, activation_checkpointing=True, bf16=True),
+        train_dataset=dataset(),
+    )
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+
+
+def test_seq2seq_trainer_generates(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    model = build(
+        FeedbackForConditionalGeneration, is_encoder_decoder=True, decoder_start_token_id=BOS, eos_token_id=EOS
+    )
+    rows = Dataset.from_list(
+        [{"input_ids": tokens(1, n)[0].tolist(), "labels": [*tokens(1, n)[0, :4].tolist(), EOS]} for n in range(4, 12)]
+    )
+    seen = []
+    trainer = Seq2SeqTrainer(
+        model,
+        Seq2SeqTrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            predict_with_generate=True,
+            generation_max_length=7,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        processing_class=tokenizer,
+        compute_metrics=lambda p: seen.append(p) or {"rows": len(p.predictions)},
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_rows"] == 8 and math.isfinite(metrics["eval_loss"])
+    assert seen[0].predictions.shape[1] <= 7
+    expected = model.generate(torch.tensor([rows[0]["input_ids"]]), max_length=7, do_sample=False)[0]
+    assert seen[0].predictions[0, : len(expected)].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("fields", MODELS, ids=["time", "depth", "jacobi"])
+def test_accelerate_equals_a_plain_loop(fields):
+    def loop(accelerator: Accelerator | None) -> list[float]:
+        model = build(**fields).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        loader = DataLoader(dataset().with_format("torch"), batch_size=8)
+        if accelerator:
+            model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        torch.manual_seed(1)
+        seen = []
+        for batch in loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss) if accelerator else loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+        return seen
+
+    plain = loop(None)
+    assert len(plain) == 4
+    assert loop(Accelerator(cpu=True)) == plain
+
+
+# SampleFeedbackSteps
+
+
+def test_draw_steps():
+    """A function of its arguments alone, uniform, and deaf to the global random state."""
+    draws = [draw_steps(step, 2, 6, seed=1) for step in range(2000)]
+    random.seed(0)
+    assert draws == [draw_steps(step, 2, 6, seed=1) for step in range(2000)]
+    counts = [draws.count(n) for n in range(2, 7)]
+    assert sum(counts) == 2000 and min(counts) > 320
+    assert draws != [draw_steps(step, 2, 6, seed=2) for step in range(2000)]
+    for minimum, maximum in ((0, 3), (4, 3)):
+        with pytest.raises(ValueError, match="must be 1 <= minimum <= maximum"):
+            SampleFeedbackSteps(minimum, maximum)
+
+
+class CountPasses(TrainerCallback):
+    """Counts the passes of each forward, by the calls of the cell."""
+
+    def __init__(self, model) -> None:
+        self.model, self.calls, self.training, self.evaluation = model, 0, [], []
+        loop = model.model.loop
+        step = loop.cell.step
+
+        def counted(*args):
+            self.calls += 1
+            return step(*args)
+
+        loop.cell.step = counted
+        model.register_forward_hook(self.after)
+
+    def after(self, model, *args) -> None:
+        (self.training if model.training else self.evaluation).append(self.calls)
+        self.calls = 0
+
+
+def test_sampled_steps_are_those_that_run(tmp_path):
+    """Drawn for training, each micro-batch of a step alike; the config's own number for evaluation."""
+    model = build()
+    passes = CountPasses(model)
+    trainer = Trainer(
+        model,
+        arguments(
+            tmp_path,
+            max_steps=6,
+            gradient_accumulation_steps=2,
+            per_device_train_batch_size=2,
+            eval_steps=2,
+            eval_strategy="steps",
+        ),
+        train_dataset=dataset(),
+        eval_dataset=dataset(4),
+        callbacks=[SampleFeedbackSteps(1, 6)],
+    )
+    trainer.train()
+    assert passes.training == [draw_steps(step, 1, 6, 5) for step in range(6) for _ in range(2)]
+    assert len(set(passes.training)) > 2
+    assert set(passes.evaluation) == {3}
+    assert all(module.num_steps is None for module in model.modules() if isinstance(module, FeedbackLoop))
+
+
+# StopOnNonFinite
+
+
+class Poison(TrainerCallback):
+    """Breaks a weight before a given step."""
+
+    def __init__(self, step: int, value: float, name: str = "model.norm.weight") -> None:
+        self.step, self.value, self.name = step, value, name
+
+    def on_step_begin(self, args, state, control, model, **kwargs) -> None:
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.get_parameter(self.name).view(-1)[0] = self.value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embeddings.tokens.weight"])
+def test_stop_on_non_finite(value, name, tmp_path):
+    """Names the step, and keeps the last checkpoint, which is good."""
+    trainer = Trainer(
+        build(),
+        arguments(tmp_path, save_steps=2, max_steps=20),
+        train_dataset=dataset(),
+        callbacks=[Poison(5, value, name), StopOnNonFinite()],
+    )
+    with pytest.raises(FloatingPointError, match=r"at step 5; the last good checkpoint is .*checkpoint-4\."):
+        trainer.train()
+    assert trainer.state.global_step == 5
+    kept = type(trainer.model).from_pretrained(tmp_path / "checkpoint-4")
+    assert all(parameter.isfinite().all() for parameter in kept.parameters())
+    batch = tokens(4, 16)
+    assert kept(batch, labels=batch).loss.isfinite()
+
+
+def test_stop_before_the_first_checkpoint_says_so(tmp_path):
+    trainer = Trainer(
+        build(),
+        arguments(tmp_path / "new"),
+        train_dataset=dataset(),
+        callbacks=[Poison(0, math.nan), StopOnNonFinite()],
+    )
+    with pytest.raises(FloatingPointError, match="at step 0; no checkpoint had been saved"):
+        trainer.train()
+
+
+def test_stop_on_a_gradient_alone(tmp_path):
+    """A finite loss with a gradient that is not."""
+
+    class BreakGradient(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                model.model.norm.weight.register_hook(lambda grad: grad * math.nan)
+
+    trainer = Trainer(
+        build(), arguments(tmp_path), train_dataset=dataset(), callbacks=[BreakGradient(), StopOnNonFinite()]
+    )
+    with pytest.raises(FloatingPointError, match=r"The gradient of model\.\S+ is not finite at step 2"):
+        trainer.train()
+
+
+def test_finite_training_is_left_alone(tmp_path):
+    plain = Trainer(build(), arguments(tmp_path / "plain"), train_dataset=dataset())
+    watched = Trainer(build(), arguments(tmp_path / "watched"), train_dataset=dataset(), callbacks=[StopOnNonFinite()])
+    plain.train()
+    watched.train()
+    assert losses(watched) == losses(plain)
+    assert not watched.model._forward_hooks
+
+
+def test_empty_dataset(tmp_path):
+    trainer = Trainer(build(), arguments(tmp_path, max_steps=-1, num_train_epochs=1), train_dataset=dataset(0))
+    with pytest.raises(ValueError, match="(?i)num_samples|empty|no "):
+        trainer.train()
