@@ -53,11 +53,10 @@ SAMPLED = (3, 6)  # feedback steps in training, uniform
 
 
 def build(name: str, vocab_size: int) -> nn.Module:
-    """`feedback`, `control` (the same parameters, feed-forward) or `large` (8 Llama layers)."""
+    """`feedback`, `control` (the same parameters, feed-forward) or `large` (8 Llama layers, 1.85 times as many)."""
     if name == "large":
-        return LlamaForCausalLM(
-            LlamaConfig(**SHAPE, vocab_size=vocab_size, num_hidden_layers=8, max_position_embeddings=LENGTH)
-        )
+        shape = {**SHAPE, "intermediate_size": 252, "num_hidden_layers": 8, "max_position_embeddings": LENGTH}
+        return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocab_size))
     signal = {"feedback": "state", "control": "none"}[name]
     config = FeedbackConfig(
         **SHAPE, **FEEDBACK, feedback_signal=signal, vocab_size=vocab_size, max_position_embeddings=LENGTH

@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     print("\nThe same weights, with more or less thinking:")
     table([("feedback steps", *losses), ("validation loss", *(f"{loss:.4f}" for loss in losses.values()))])
     lines = plays["validation"]["text"][0].splitlines()
-    verse = "\n".join(lines[len(lines) // 2 :])[:200]
+    verse = "\n".join(lines[len(lines) // 2 :][:5]) + "\n"
     visualize.predictions_over_steps(model, tokenizer, verse, 6, path=output / "predictions_over_steps.png")
 
     chapter("4. Another text, with LoRA", "Adapters on the projections of the model, 300 steps on Python's manual:")

@@ -30,22 +30,23 @@ def loss_curves(
         path: where to write the picture.
     """
     figure, axes = _figure(7, 4.2)
+    evaluated: list[float] = []
     for color, (name, history) in zip(_colors(len(histories)), histories.items(), strict=True):
         train = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
         evaluation = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
         if not train and not evaluation:
             raise ValueError(f"The history of {name!r} has neither 'loss' nor 'eval_loss': give state.log_history.")
-        label = name
         if train:
             axes.plot(*zip(*train, strict=True), color=color, alpha=0.35, linewidth=1, label=f"{name}, training")
-            label = f"{name}, validation"
         if evaluation:
+            label = f"{name}, validation: {evaluation[-1][1]:.3f}"
             axes.plot(*zip(*evaluation, strict=True), color=color, linewidth=2, marker="o", markersize=4, label=label)
-            step, loss = evaluation[-1]
-            axes.annotate(f"{loss:.3f}", (step, loss), (6, 0), textcoords="offset points", color=color, va="center")
+            evaluated += [loss for _, loss in evaluation]
+    if len(set(evaluated)) > 1:  # the first training losses are so high that they would flatten all the rest
+        axes.set_ylim(top=max(evaluated) + 0.4 * (max(evaluated) - min(evaluated)))
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats)")
-    axes.margins(x=0.09)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     return _finish(figure, path)
 
@@ -61,8 +62,12 @@ def accuracy_per_step(accuracies: Mapping[str, Sequence[float]], path: str | Pat
     axes.set_xlabel("feedback step")
     axes.set_ylabel("accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
-    axes.margins(x=0.1, y=0.2)
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    every = [value for values in accuracies.values() for value in values]
+    middle, half = (min(every) + max(every)) / 2, max(0.02, 0.7 * (max(every) - min(every)))  # no drama of 0.1 %
+    axes.set_ylim(middle - half, middle + half)
+    axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], nbins=5, min_n_ticks=1))
+    axes.margins(x=0.1)
     if len(accuracies) > 1:
         axes.legend(frameon=False)
     return _finish(figure, path)

@@ -29,7 +29,7 @@ def test_loss_curves(tmp_path):
     lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
     assert lines == {
         "a, training": [[10, 3.0], [20, 2.0]],
-        "a, validation": [[20, 2.5]],
+        "a, validation: 2.500": [[20, 2.5]],
         "b, training": [[10, 3.0]],
     }
     with Image.open(tmp_path / "new" / "loss.png") as picture:
