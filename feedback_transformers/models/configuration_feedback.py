@@ -331,7 +331,7 @@ class FeedbackConfig(PreTrainedConfig):
         rules = [
             (
                 self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,
-                f"pad_token_id is {self.pad_token_id}; it must be at least 0 and below vocab_size ({self.vocab_size}).",
+                f"pad_token_id is {self.pad_token_id}; it must be at least 0 and below vocab_size, {self.vocab_size}.",
             ),
             (
                 self.solver == "jacobi" and self.feedback_axis == "depth",
