@@ -52,6 +52,8 @@ ELSEWHERE = """
         reloaded, info = auto.from_pretrained(again, trust_remote_code=True, output_loading_info=True)
         assert not any(info.values()), info
         assert torch.equal(reloaded(**inputs)[0], expected)
+        referred = json.loads((again / "config.json").read_text())["auto_map"].values()
+        assert {reference.split(".")[0] for reference in referred} <= {file.stem for file in again.glob("*.py")}
         base = transformers.AutoModel.from_pretrained(again, trust_remote_code=True)
         assert type(base).__name__ == "FeedbackModel"
         if model.can_generate() and not config.is_encoder_decoder:

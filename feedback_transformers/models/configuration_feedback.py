@@ -38,6 +38,32 @@ CHOICES = {
 BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
     "gpt2": {"intermediate_size": "n_inner", "hidden_act": "activation_function", "num_key_value_heads": None},
 }
+# What a backbone's config says that is not of its layers.
+NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id")
+SHARED_WITH_BACKBONE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "initializer_range",
+)
+
+
+def model_type_of(backbone: dict | PreTrainedConfig) -> str:
+    model_type = backbone.get("model_type", "llama") if isinstance(backbone, dict) else backbone.model_type
+    if model_type not in BACKBONE_TYPES:
+        raise ValueError(f"Unknown backbone {model_type!r}; choose one of {', '.join(BACKBONE_TYPES)}.")
+    return model_type
+
+
+def shared_names(model_type: str) -> dict[str, str]:
+    """Our name -> the backbone's, of the fields that both configs have."""
+    names = BACKBONE_NAMES.get(model_type, {})
+    both = {name: names.get(name, name) for name in SHARED_WITH_BACKBONE}
+    return {ours: theirs for ours, theirs in both.items() if theirs is not None}
+
 
 MODELING = {
     "AutoModel": "modeling_feedback.FeedbackModel",
@@ -230,35 +256,20 @@ class FeedbackConfig(PreTrainedConfig):
 
     def _backbone(self, given: str | dict | PreTrainedConfig | None) -> PreTrainedConfig:
         """The config of the borrowed layers; what `given` names is copied here, the rest comes from here."""
-        given = {"model_type": given} if isinstance(given, str) else given
-        fields = dict(given) if isinstance(given, dict) else {}
-        model_type = given.model_type if isinstance(given, PreTrainedConfig) else fields.pop("model_type", "llama")
-        if model_type not in BACKBONE_TYPES:
-            raise ValueError(f"Unknown backbone {model_type!r}; choose one of {', '.join(BACKBONE_TYPES)}.")
-        names = BACKBONE_NAMES.get(model_type, {})
-        shared = {
-            name: names.get(name, name)
-            for name in (
-                "hidden_size",
-                "intermediate_size",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "max_position_embeddings",
-                "hidden_act",
-                "initializer_range",
-            )
-        }
-        if isinstance(given, dict):  # under the names of FeedbackConfig, where the family has its own
-            aliases = type(AutoConfig.for_model(model_type)).attribute_map
-            names_here = {theirs: ours for ours, theirs in aliases.items()}
-            fields = {names_here.get(name, name): value for name, value in fields.items()}
-            fields = {name: value for name, value in fields.items() if name not in ("vocab_size", "pad_token_id")}
-        for ours, theirs in shared.items():
-            named = (
-                fields.get(theirs) if not isinstance(given, PreTrainedConfig) else getattr(given, theirs or "", None)
-            )
-            if named is not None:
-                setattr(self, ours, named)
+        if given is None or isinstance(given, str):
+            given = {"model_type": given or "llama"}
+        model_type = model_type_of(given)
+        theirs_to_ours = {theirs: ours for ours, theirs in shared_names(model_type).items()}
+        if isinstance(given, PreTrainedConfig):
+            named = {theirs: getattr(given, theirs) for theirs in theirs_to_ours}
+        else:
+            named = {name: value for name, value in given.items() if name not in NOT_OF_LAYERS}
+            aliases = type(AutoConfig.for_model(model_type)).attribute_map  # hidden_size: n_embd
+            named = {aliases.get(name, name): value for name, value in named.items()}
+            theirs_to_ours = {aliases.get(theirs, theirs): ours for theirs, ours in theirs_to_ours.items()}
+        for theirs, ours in theirs_to_ours.items():
+            if named.get(theirs) is not None:
+                setattr(self, ours, named[theirs])
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
@@ -266,10 +277,10 @@ class FeedbackConfig(PreTrainedConfig):
         self._check_sizes()
         if isinstance(given, PreTrainedConfig):
             return copy.deepcopy(given)
-        own = {theirs: getattr(self, ours) for ours, theirs in shared.items() if theirs is not None}
+        own = {theirs: getattr(self, ours) for theirs, ours in theirs_to_ours.items()}
         if model_type != "gpt2":  # Qwen3's own default of head_dim is 128, whatever the hidden size
             own.update(attention_dropout=self.dropout, head_dim=self.hidden_size // self.num_attention_heads)
-        return AutoConfig.for_model(model_type, **{**own, **fields, "pad_token_id": None})
+        return AutoConfig.for_model(model_type, **{**own, **named, "pad_token_id": None})
 
     def _check_sizes(self) -> None:
         for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
@@ -328,6 +339,10 @@ class FeedbackConfig(PreTrainedConfig):
         self._check_combination()
 
     def _check_combination(self) -> None:
+        for ours, theirs in shared_names(self.backbone_config.model_type).items():
+            here, there = getattr(self, ours), getattr(self.backbone_config, theirs)
+            if there is not None and here != there:
+                raise ValueError(f"{ours} is {here!r} here and {there!r} in backbone_config: set both to the same.")
         rules = [
             (
                 self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,

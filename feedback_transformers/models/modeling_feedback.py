@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,11 @@ from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
 from .feedback_loop import EmbedOutput, FeedbackLoop
+
+if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
+    from .modeling_feedback_image import FeedbackForImageClassification  # noqa: F401
+    from .modeling_feedback_seq2seq import FeedbackForConditionalGeneration  # noqa: F401
+    from .modeling_feedback_series import FeedbackForTimeSeriesPrediction  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -120,6 +125,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
+        config.validate_architecture()  # fields may have been set since it was made
         config.backbone_config._attn_implementation = config._attn_implementation
         self.embeddings = EMBEDDINGS[config.embedding_type](config)
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention

@@ -81,6 +81,7 @@ class StopOnNonFinite(TrainerCallback):
                 self.stop(args, state, f"The gradient of {name} is not finite")
 
     def stop(self, args: TrainingArguments, state: TrainerState, what: str) -> None:
+        self.hook.remove()
         checkpoint = get_last_checkpoint(args.output_dir) if args.output_dir else None
         kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved"
         raise FloatingPointError(
