@@ -41,15 +41,15 @@ SHAPE: dict[str, Any] = {
 }
 FEEDBACK: dict[str, Any] = {
     "num_encoder_layers": 1,
-    "num_feedback_layers": 2,
-    "num_decoder_layers": 1,
+    "num_feedback_layers": 3,
+    "num_decoder_layers": 0,
     "feedback_axis": "time",
     "solver": "jacobi",
     "gradient_steps": 3,
 }
 # The best of the same grid for each model; benchmarks/LOG.md has the grid.
 RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 7e-3, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
-SAMPLED = (3, 6)  # feedback steps in training, uniform
+SAMPLED = (3, 5)  # feedback steps in training, uniform
 
 
 def build(name: str, vocab_size: int) -> nn.Module:
