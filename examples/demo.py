@@ -32,8 +32,8 @@ SMOKE = {"output_dir": "runs/smoke/demo", "threads": 1}
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "For everything that is written."})
-    train_steps: int = field(default=1500, metadata={"help": "Training steps of each language model."})
-    lora_steps: int = field(default=300, metadata={"help": "Training steps of the adapter."})
+    train_steps: int = field(default=1200, metadata={"help": "Training steps of each language model."})
+    lora_steps: int = field(default=200, metadata={"help": "Training steps of the adapter."})
     epochs: float = field(default=3, metadata={"help": "Epochs of the classifier."})
     threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch; it decides by default."})
     seed: int = field(default=0, metadata={"help": "Of everything random."})
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     verse = "\n".join(lines[len(lines) // 2 :][:5]) + "\n"
     visualize.predictions_over_steps(model, tokenizer, verse, 6, path=output / "predictions_over_steps.png")
 
-    chapter("4. Another text, with LoRA", "Adapters on the projections of the model, 300 steps on Python's manual:")
+    chapter("4. Another text, with LoRA", "Adapters on the projections of the model learn Python's manual:")
     lora = example(
         finetune_lora,
         "lora",

@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     model, optimizer, train, validation = accelerator.prepare(model, optimizer, train, validation)
     accelerator.register_for_checkpointing(scheduler)
     if accelerator.log_with:
-        accelerator.init_trackers("clm", {**vars(args)})
+        accelerator.init_trackers("clm", {name: value for name, value in vars(args).items() if name != "hub_token"})
 
     step = 0
     if args.resume_from_checkpoint:

@@ -6,18 +6,17 @@ import transformers
 
 from .models.configuration_feedback import MODELING, PRESETS, FeedbackConfig
 from .models.feedback_cache import FeedbackCache
-from .models.modeling_feedback import (
+from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
+from .models.modeling_feedback_image import FeedbackForImageClassification
+from .models.modeling_feedback_seq2seq import FeedbackForConditionalGeneration
+from .models.modeling_feedback_series import FeedbackForTimeSeriesPrediction
+from .models.modeling_feedback_text import (
     FeedbackForCausalLM,
     FeedbackForMaskedLM,
     FeedbackForQuestionAnswering,
     FeedbackForSequenceClassification,
     FeedbackForTokenClassification,
-    FeedbackModel,
-    FeedbackPreTrainedModel,
 )
-from .models.modeling_feedback_image import FeedbackForImageClassification
-from .models.modeling_feedback_seq2seq import FeedbackForConditionalGeneration
-from .models.modeling_feedback_series import FeedbackForTimeSeriesPrediction
 
 __version__ = "0.1.0"
 __all__ = [

@@ -182,6 +182,13 @@ def test_the_body_of_a_language_model_classifies(tmp_path):
     assert "test_accuracy" in results(tmp_path / "out")
 
 
+@pytest.mark.parametrize("flags", [["--token", "hf_secret"], ["--hub-token=hf_secret"]])
+def test_no_token_is_written_to_the_card(flags, tmp_path):
+    run("run_forecasting", "--output_dir", tmp_path, *flags)
+    card = (tmp_path / "README.md").read_text()
+    assert "token" in card and "hf_secret" not in card
+
+
 # What is wrong, in one sentence
 
 

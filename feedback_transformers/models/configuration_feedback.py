@@ -67,11 +67,11 @@ def shared_names(model_type: str) -> dict[str, str]:
 
 MODELING = {
     "AutoModel": "modeling_feedback.FeedbackModel",
-    "AutoModelForCausalLM": "modeling_feedback.FeedbackForCausalLM",
-    "AutoModelForMaskedLM": "modeling_feedback.FeedbackForMaskedLM",
-    "AutoModelForSequenceClassification": "modeling_feedback.FeedbackForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_feedback.FeedbackForTokenClassification",
-    "AutoModelForQuestionAnswering": "modeling_feedback.FeedbackForQuestionAnswering",
+    "AutoModelForCausalLM": "modeling_feedback_text.FeedbackForCausalLM",
+    "AutoModelForMaskedLM": "modeling_feedback_text.FeedbackForMaskedLM",
+    "AutoModelForSequenceClassification": "modeling_feedback_text.FeedbackForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_feedback_text.FeedbackForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_feedback_text.FeedbackForQuestionAnswering",
     "AutoModelForSeq2SeqLM": "modeling_feedback_seq2seq.FeedbackForConditionalGeneration",
     "AutoModelForImageClassification": "modeling_feedback_image.FeedbackForImageClassification",
     "AutoModelForTimeSeriesPrediction": "modeling_feedback_series.FeedbackForTimeSeriesPrediction",

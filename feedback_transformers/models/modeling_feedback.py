@@ -1,17 +1,16 @@
-"""FeedbackModel and its text heads.
+"""FeedbackModel: embeddings, encoder, loop and decoder put together.
 
-Shapes: B batch, T positions, D hidden size, V vocabulary, L labels, K feedback steps.
+Shapes: B batch, T positions, P positions in the cache, C channels, D hidden size, K feedback steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel, logging
+from transformers import PreTrainedModel, logging
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,6 +28,7 @@ if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkp
     from .modeling_feedback_image import FeedbackForImageClassification  # noqa: F401
     from .modeling_feedback_seq2seq import FeedbackForConditionalGeneration  # noqa: F401
     from .modeling_feedback_series import FeedbackForTimeSeriesPrediction  # noqa: F401
+    from .modeling_feedback_text import FeedbackForCausalLM  # noqa: F401
 
 logger = logging.get_logger(__name__)
 
@@ -46,17 +46,6 @@ class FeedbackModelOutput(ModelOutput):
     """
 
     last_hidden_state: Any = None
-    past_key_values: FeedbackCache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    feedback_states: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class FeedbackOutput(ModelOutput):
-    """Of a head: loss [], logits (their shape is the head's), and what FeedbackModelOutput carries."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     past_key_values: FeedbackCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
@@ -98,26 +87,6 @@ class FeedbackPreTrainedModel(PreTrainedModel):
             for layer in (layer for part in parts for layer in part.modules()):
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.gradient_checkpointing = False
-
-    def reads(self, embedding_type: str, causal: bool | None = None) -> None:
-        """Refuses a config that this head can't use."""
-        name = type(self).__name__
-        if self.config.embedding_type != embedding_type:
-            raise ValueError(f"{name} needs embedding_type={embedding_type!r}, not {self.config.embedding_type!r}.")
-        if causal is not None and self.config.is_causal != causal:
-            raise ValueError(f"{name} needs is_causal={causal}: set it in the config.")
-
-    def output_embeddings(self, size: int) -> nn.Linear | None:
-        """The linear map that brings a prediction of `size` numbers back, where the real output is fed back."""
-        if self.config.feedback_signal != "output":
-            return None
-        return nn.Linear(size, self.config.hidden_size, bias=False)
-
-    def supervised(self, outputs: FeedbackModelOutput) -> tuple[Tensor, ...]:
-        """The y of the steps that the loss is taken at: the last one, or all that carry a gradient."""
-        if self.config.supervision == "last" or outputs.feedback_states is None:
-            return (outputs.last_hidden_state,)
-        return outputs.feedback_states[-(self.config.gradient_steps or 0) :]
 
 
 class FeedbackModel(FeedbackPreTrainedModel):
@@ -320,318 +289,3 @@ def gather(x: Tensor, order: Tensor | None) -> Tensor:
 
 def scatter(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else torch.empty_like(x).scatter(1, order[..., None].expand_as(x), x)
-
-
-def mean_loss(loss: Callable[[Tensor], Tensor], supervised: tuple[Tensor, ...]) -> Tensor:
-    """The mean of a loss over the supervised steps."""
-    return torch.stack([loss(y) for y in supervised]).mean()
-
-
-class FeedbackGenerationMixin(GenerationMixin):
-    """generate() with a FeedbackCache, which the model makes itself at the first step."""
-
-    _is_stateful = True  # a feedback state can't be undone, so assisted decoding is refused
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("Assisted decoding takes tokens back, and a feedback state can't be undone: leave it out.")
-
-
-class FeedbackLMHead(FeedbackPreTrainedModel):
-    """What the heads over the vocabulary share."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
-
-    def __init__(self, config: FeedbackConfig) -> None:
-        super().__init__(config)
-        self.reads("tokens")
-        self.model = FeedbackModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def embed_output(self, y: Tensor) -> Tensor:
-        """softmax(logits) E"""
-        return self.lm_head(y).softmax(-1) @ self.get_input_embeddings().weight
-
-    def head(
-        self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
-    ) -> FeedbackOutput:
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.lm_head(outputs.last_hidden_state[:, keep]), None
-        if labels is not None:
-            size = self.config.vocab_size
-
-            def step_loss(y: Tensor) -> Tensor:
-                y_logits = logits if y is outputs.last_hidden_state else self.lm_head(y[:, keep])
-                return self.loss_function(logits=y_logits, labels=labels, vocab_size=size, **kwargs)
-
-            loss = mean_loss(step_loss, self.supervised(outputs))
-        return FeedbackOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            feedback_states=outputs.feedback_states,
-        )
-
-
-class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
-    """Next-token prediction."""
-
-    def __init__(self, config: FeedbackConfig) -> None:
-        super().__init__(config)
-        self.reads("tokens", causal=True)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: FeedbackCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_feedback_steps: int | None = None,
-        use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_feedback_states: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> FeedbackOutput:
-        """labels [B, T] are shifted here, -100 is left out; logits are [B, T, V], or of the last `logits_to_keep`."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            embed_output=self.embed_output,
-            num_feedback_steps=num_feedback_steps,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_feedback_states=output_feedback_states,
-            return_dict=True,
-        )
-        return self.head(outputs, labels, logits_to_keep, **kwargs)
-
-
-class FeedbackForMaskedLM(FeedbackLMHead):
-    """Prediction of masked tokens, from both sides."""
-
-    def __init__(self, config: FeedbackConfig) -> None:
-        super().__init__(config)
-        self.reads("tokens", causal=False)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_feedback_steps: int | None = None,
-        output_hidden_states: bool | None = None,
-        output_feedback_states: bool | None = None,
-        **kwargs: Any,
-    ) -> FeedbackOutput:
-        """labels [B, T], -100 where not predicted; logits [B, T, V]."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            embed_output=self.embed_output,
-            num_feedback_steps=num_feedback_steps,
-            output_hidden_states=output_hidden_states,
-            output_feedback_states=output_feedback_states,
-            return_dict=True,
-        )
-        return self.head(outputs, labels, **kwargs)
-
-
-class FeedbackClassifier(FeedbackPreTrainedModel):
-    """What the heads with a linear readout of `num_labels` share; a subclass says what it reads and pools."""
-
-    accepts_loss_kwargs = False  # their losses are means over the batch, which Trainer divides itself
-    embedding_type = "tokens"
-
-    def __init__(self, config: FeedbackConfig) -> None:
-        super().__init__(config)
-        self.reads(self.embedding_type)
-        self.num_labels = self.num_outputs(config)
-        self.model = FeedbackModel(config)
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self.feedback = self.output_embeddings(self.num_labels)
-        self.post_init()
-
-    def num_outputs(self, config: FeedbackConfig) -> int:
-        return len(cast(dict, config.id2label))
-
-    def embed_output(self, y: Tensor) -> Tensor:
-        """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""
-        logits = self.classifier(y)
-        if self.config.problem_type == "multi_label_classification":
-            return self.feedback(logits.sigmoid())
-        return self.feedback(logits if self.num_labels == 1 else logits.softmax(-1))
-
-    def pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, D]: the last real position where causal, the mean of the real ones otherwise."""
-        if mask is None:
-            return y[:, -1] if self.config.is_causal else y.mean(dim=1)
-        mask = mask[:, -y.shape[1] :].to(y.device)
-        if self.config.is_causal:
-            last = (mask * torch.arange(1, y.shape[1] + 1, device=y.device)).argmax(dim=1)
-            return y[torch.arange(len(y), device=y.device), last]
-        return (y * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-    def classify(self, outputs: FeedbackModelOutput, labels: Tensor | None, mask: Tensor | None) -> FeedbackOutput:
-        logits, loss = self.classifier(self.pool(outputs.last_hidden_state, mask)), None
-        if labels is not None:
-
-            def step_loss(y: Tensor) -> Tensor:
-                return self.loss_function(labels, self.classifier(self.pool(y, mask)).float(), self.config)
-
-            loss = mean_loss(step_loss, self.supervised(outputs))
-        return FeedbackOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, feedback_states=outputs.feedback_states
-        )
-
-
-class FeedbackForSequenceClassification(FeedbackClassifier):
-    """Single-label, multi-label (BCE) or regression (MSE), by `config.problem_type`."""
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_feedback_steps: int | None = None,
-        output_hidden_states: bool | None = None,
-        output_feedback_states: bool | None = None,
-        **kwargs: Any,
-    ) -> FeedbackOutput:
-        """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding."""
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            embed_output=self.embed_output,
-            num_feedback_steps=num_feedback_steps,
-            use_cache=False,
-            output_hidden_states=output_hidden_states,
-            output_feedback_states=output_feedback_states,
-            return_dict=True,
-        )
-        return self.classify(outputs, labels, attention_mask)
-
-
-class FeedbackForTokenClassification(FeedbackClassifier):
-    """A class for every token."""
-
-    accepts_loss_kwargs = True
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        num_feedback_steps: int | None = None,
-        output_hidden_states: bool | None = None,
-        output_feedback_states: bool | None = None,
-        **kwargs: Any,
-    ) -> FeedbackOutput:
-        """labels [B, T], -100 where left out; logits [B, T, L]."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            embed_output=self.embed_output,
-            num_feedback_steps=num_feedback_steps,
-            use_cache=False,
-            output_hidden_states=output_hidden_states,
-            output_feedback_states=output_feedback_states,
-            return_dict=True,
-        )
-        loss = None
-        if labels is not None:
-
-            def step_loss(y: Tensor) -> Tensor:
-                return self.loss_function(self.classifier(y), labels, self.config, **kwargs)
-
-            loss = mean_loss(step_loss, self.supervised(outputs))
-        return FeedbackOutput(
-            loss=loss,
-            logits=self.classifier(outputs.last_hidden_state),
-            hidden_states=outputs.hidden_states,
-            feedback_states=outputs.feedback_states,
-        )
-
-
-@dataclass
-class FeedbackQuestionAnsweringOutput(ModelOutput):
-    """loss [], start_logits and end_logits [B, T], and what FeedbackModelOutput carries."""
-
-    loss: Tensor | None = None
-    start_logits: Tensor | None = None
-    end_logits: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    feedback_states: tuple[Tensor, ...] | None = None
-
-
-class FeedbackForQuestionAnswering(FeedbackClassifier):
-    """The start and the end of an answer in the text."""
-
-    def num_outputs(self, config: FeedbackConfig) -> int:
-        return 2
-
-    def embed_output(self, y: Tensor) -> Tensor:
-        """Start and end are chosen among positions, so each position feeds back its two scores as they are."""
-        return self.feedback(self.classifier(y).sigmoid())
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None,
-        num_feedback_steps: int | None = None,
-        output_hidden_states: bool | None = None,
-        output_feedback_states: bool | None = None,
-        **kwargs: Any,
-    ) -> FeedbackQuestionAnsweringOutput:
-        """start_positions and end_positions [B]"""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            embed_output=self.embed_output,
-            num_feedback_steps=num_feedback_steps,
-            use_cache=False,
-            output_hidden_states=output_hidden_states,
-            output_feedback_states=output_feedback_states,
-            return_dict=True,
-        )
-
-        def scores(y: Tensor) -> tuple[Tensor, Tensor]:
-            start, end = self.classifier(y).unbind(-1)
-            return start, end
-
-        loss = None
-        if start_positions is not None and end_positions is not None:
-
-            def step_loss(y: Tensor) -> Tensor:
-                return self.loss_function(*scores(y), start_positions, end_positions)
-
-            loss = mean_loss(step_loss, self.supervised(outputs))
-        start, end = scores(outputs.last_hidden_state)
-        return FeedbackQuestionAnsweringOutput(loss, start, end, outputs.hidden_states, outputs.feedback_states)

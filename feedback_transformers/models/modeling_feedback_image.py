@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import can_return_tuple
 
-from .modeling_feedback import FeedbackClassifier, FeedbackOutput
+from .modeling_feedback_heads import FeedbackClassifier, FeedbackOutput
 
 
 class FeedbackForImageClassification(FeedbackClassifier):
@@ -21,21 +21,10 @@ class FeedbackForImageClassification(FeedbackClassifier):
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        num_feedback_steps: int | None = None,
-        output_hidden_states: bool | None = None,
-        output_feedback_states: bool | None = None,
         **kwargs: Any,
     ) -> FeedbackOutput:
         """pixel_values [B, C, H, W], labels [B]; logits [B, L]."""
-        outputs = self.model(
-            pixel_values=pixel_values,
-            embed_output=self.embed_output,
-            num_feedback_steps=num_feedback_steps,
-            use_cache=False,
-            output_hidden_states=output_hidden_states,
-            output_feedback_states=output_feedback_states,
-            return_dict=True,
-        )
+        outputs = self.run(**{**kwargs, "pixel_values": pixel_values, "use_cache": False})
         return self.classify(outputs, labels, mask=None)
 
     def step_logits(self, outputs: FeedbackOutput) -> list[Tensor]:

@@ -12,13 +12,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
-from .modeling_feedback import (
-    FeedbackGenerationMixin,
-    FeedbackLMHead,
-    FeedbackOutput,
-)
+from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
 
 
 class SourceEncoder:
@@ -38,10 +33,7 @@ class SourceEncoder:
 class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
     """Translation, summarization: p(target | source), with `config.is_encoder_decoder=True`."""
 
-    def __init__(self, config: FeedbackConfig) -> None:
-        super().__init__(config)
-        if not config.is_encoder_decoder:
-            raise ValueError("FeedbackForConditionalGeneration needs is_encoder_decoder=True: set it in the config.")
+    needs = {"is_encoder_decoder": True}
 
     def get_encoder(self, modality: str | None = None) -> SourceEncoder:
         return SourceEncoder(self)
@@ -84,19 +76,17 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
             if labels is None:
                 raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.model(
+        outputs = self.run(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             past_key_values=past_key_values,
             encoder_hidden_states=encoder_outputs[0],
             encoder_attention_mask=attention_mask,
-            embed_output=self.embed_output,
             num_feedback_steps=num_feedback_steps,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
-            return_dict=True,
         )
         # the labels stand beside their logits already: ForCausalLMLoss must not shift them again
         shifted = {} if labels is None else {"shift_labels": labels}
-        return self.head(outputs, labels, logits_to_keep, **shifted, **kwargs)
+        return self.read(outputs, labels, logits_to_keep, **shifted, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_feedback import FeedbackConfig
-from .modeling_feedback import FeedbackModel, FeedbackPreTrainedModel, mean_loss
+from .modeling_feedback_heads import FeedbackHead
 
 
 @dataclass
@@ -21,7 +21,7 @@ class FeedbackTimeSeriesOutput(ModelOutput):
     prediction_outputs: Tensor | None = None
 
 
-class FeedbackForTimeSeriesPrediction(FeedbackPreTrainedModel):
+class FeedbackForTimeSeriesPrediction(FeedbackHead):
     """Forecasts one step, feeds the forecast back as the next input, and so on for `prediction_length` steps.
 
     A window is read relative to the mean and standard deviation of its own past, and each step predicts the change
@@ -30,13 +30,13 @@ class FeedbackForTimeSeriesPrediction(FeedbackPreTrainedModel):
 
     main_input_name = "past_values"
     accepts_loss_kwargs = False
+    embedding_type = "values"
+    needs = {"is_causal": True}
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        self.reads("values", causal=True)
-        self.model = FeedbackModel(config)
         self.readout = nn.Linear(config.hidden_size, config.num_channels)
-        self.feedback = self.output_embeddings(config.num_channels)
+        self.feedback = self.way_back(config.num_channels)
         self.post_init()
 
     def embed_output(self, y: Tensor) -> Tensor:
@@ -61,18 +61,12 @@ class FeedbackForTimeSeriesPrediction(FeedbackPreTrainedModel):
         if future_values is not None:
             future = future_values if future_values.ndim == 3 else future_values[..., None]
             series = torch.cat([past, (future - mean) / std], dim=1)
-            outputs = self.model(
-                past_values=series[:, :-1],
-                embed_output=self.embed_output,
-                num_feedback_steps=num_feedback_steps,
-                use_cache=False,
-                return_dict=True,
-            )
+            outputs = self.run(past_values=series[:, :-1], num_feedback_steps=num_feedback_steps, use_cache=False)
 
             def step_loss(y: Tensor) -> Tensor:
                 return (series[:, :-1] + self.readout(y) - series[:, 1:]).abs().mean()
 
-            loss = mean_loss(step_loss, self.supervised(outputs))
+            loss = self.mean_loss(step_loss, outputs)
         prediction = None
         if future_values is None or not self.training:
             length = future_values.shape[1] if future_values is not None else prediction_length
@@ -84,13 +78,8 @@ class FeedbackForTimeSeriesPrediction(FeedbackPreTrainedModel):
         """[B, T, C] -> the next `length` values [B, length, C], each fed back as the next input."""
         value, cache, values = past, None, []
         for _ in range(length):
-            outputs = self.model(
-                past_values=value,
-                past_key_values=cache,
-                embed_output=self.embed_output,
-                num_feedback_steps=num_feedback_steps,
-                use_cache=True,
-                return_dict=True,
+            outputs = self.run(
+                past_values=value, past_key_values=cache, num_feedback_steps=num_feedback_steps, use_cache=True
             )
             cache = outputs.past_key_values
             values.append(value[:, -1:] + self.readout(outputs.last_hidden_state[:, -1:]))

@@ -198,8 +198,16 @@ def parse(
 
 
 def command(script: str, arguments: Sequence[str] | None = None) -> str:
-    """How `script` was called, for the model card."""
-    return shlex.join(["python", f"examples/{Path(script).name}", *(sys.argv[1:] if arguments is None else arguments)])
+    """How `script` was called, for the model card; without access tokens, since a card is public."""
+    shown: list[str] = []
+    secret = False
+    for word in sys.argv[1:] if arguments is None else arguments:
+        flag = word.startswith("--")
+        name, equals, _ = word.partition("=")
+        token = flag and "tok" in name and "tokenizer" not in name  # --token, --hub_token, --hub-token, --hub_tok
+        shown.append("..." if secret and not flag else f"{name}=..." if token and equals else word)
+        secret = token and not equals
+    return shlex.join(["python", f"examples/{Path(script).name}", *shown])
 
 
 def resume(args: TrainingArguments) -> str | bool | None:
@@ -268,5 +276,5 @@ def publish_model(
             repo_id=repository,
             folder_path=folder,
             commit_message="End of training",
-            ignore_patterns=["checkpoint-*", "step_*", "runs/*", "*.bin", "_*"],
+            ignore_patterns=["checkpoint-*", "step_*", "runs/*", "logs/*"],
         )

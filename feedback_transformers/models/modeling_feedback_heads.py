@@ -1,0 +1,165 @@
+"""What the heads share: a readout of y, the way back of its prediction, and the loss over the supervised steps.
+
+Shapes: B batch, T positions, D hidden size, V vocabulary, L labels, K feedback steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.utils import ModelOutput
+
+from .configuration_feedback import FeedbackConfig
+from .feedback_cache import FeedbackCache
+from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
+
+
+@dataclass
+class FeedbackOutput(ModelOutput):
+    """Of a head: loss [], logits (their shape is the head's), and what FeedbackModelOutput carries."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: FeedbackCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    feedback_states: tuple[Tensor, ...] | None = None
+
+
+class FeedbackHead(FeedbackPreTrainedModel):
+    """A FeedbackModel, and the check that its config suits the head; a subclass adds the readout."""
+
+    embedding_type = "tokens"
+    needs: dict[str, Any] = {}  # fields that the config must have
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        for name, value in {"embedding_type": self.embedding_type, **self.needs}.items():
+            given = getattr(config, name)
+            if given != value:
+                raise ValueError(f"{type(self).__name__} needs {name}={value!r} in its config, not {given!r}.")
+        self.model = FeedbackModel(config)
+
+    def way_back(self, size: int) -> nn.Linear | None:
+        """The linear map [..., size] -> [..., D] of a prediction, where the real output is fed back."""
+        if self.config.feedback_signal != "output":
+            return None
+        return nn.Linear(size, self.config.hidden_size, bias=False)
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """y [B, T, D] -> the prediction made of it, embedded back, [B, T, D]."""
+        raise NotImplementedError
+
+    def run(self, **inputs: Any) -> FeedbackModelOutput:
+        """The model on `inputs`, feeding back this head's prediction where the config says so."""
+        return self.model(**inputs, embed_output=self.embed_output, return_dict=True)
+
+    def mean_loss(self, loss: Callable[[Tensor], Tensor], outputs: FeedbackModelOutput) -> Tensor:
+        """The mean of loss(y) over the supervised steps: the last one, or all that carry a gradient."""
+        supervised: tuple[Tensor, ...] = (outputs.last_hidden_state,)
+        if self.config.supervision == "all" and outputs.feedback_states is not None:
+            supervised = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
+        return torch.stack([loss(y) for y in supervised]).mean()
+
+
+class FeedbackGenerationMixin(GenerationMixin):
+    """generate() with a FeedbackCache, which the model makes itself at the first step."""
+
+    _is_stateful = True  # a feedback state can't be undone, so assisted decoding is refused
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError("Assisted decoding takes tokens back, and a feedback state can't be undone: leave it out.")
+
+
+class FeedbackLMHead(FeedbackHead):
+    """A readout over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """softmax(logits) E"""
+        return self.lm_head(y).softmax(-1) @ self.get_input_embeddings().weight
+
+    def read(
+        self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
+    ) -> FeedbackOutput:
+        """Logits [B, T, V] of the last step, and the loss; kwargs go to transformers' loss function."""
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, keep]), None
+        if labels is not None:
+            size = self.config.vocab_size
+
+            def step_loss(y: Tensor) -> Tensor:
+                y_logits = logits if y is outputs.last_hidden_state else self.lm_head(y[:, keep])
+                return self.loss_function(logits=y_logits, labels=labels, vocab_size=size, **kwargs)
+
+            loss = self.mean_loss(step_loss, outputs)
+        return FeedbackOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            feedback_states=outputs.feedback_states,
+        )
+
+
+class FeedbackClassifier(FeedbackHead):
+    """A linear readout of `num_labels`; a subclass says what it reads and pools."""
+
+    accepts_loss_kwargs = False  # the losses are means over the batch, which Trainer divides itself
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.num_labels = self.num_outputs(config)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
+        self.feedback = self.way_back(self.num_labels)
+        self.post_init()
+
+    def num_outputs(self, config: FeedbackConfig) -> int:
+        return len(cast(dict, config.id2label))
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""
+        logits = self.classifier(y)
+        if self.config.problem_type == "multi_label_classification":
+            return self.feedback(logits.sigmoid())
+        return self.feedback(logits if self.num_labels == 1 else logits.softmax(-1))
+
+    def pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T, D] -> [B, D]: the last real position where causal, the mean of the real ones otherwise."""
+        if mask is None:
+            return y[:, -1] if self.config.is_causal else y.mean(dim=1)
+        mask = mask[:, -y.shape[1] :].to(y.device)
+        if self.config.is_causal:
+            last = (mask * torch.arange(1, y.shape[1] + 1, device=y.device)).argmax(dim=1)
+            return y[torch.arange(len(y), device=y.device), last]
+        return (y * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def classify(self, outputs: FeedbackModelOutput, labels: Tensor | None, mask: Tensor | None) -> FeedbackOutput:
+        """One prediction for each row: logits [B, L] and the loss of `config.problem_type`."""
+
+        def pooled_logits(y: Tensor) -> Tensor:
+            return self.classifier(self.pool(y, mask))
+
+        loss = None
+        if labels is not None:
+            loss = self.mean_loss(lambda y: self.loss_function(labels, pooled_logits(y).float(), self.config), outputs)
+        return FeedbackOutput(
+            loss=loss,
+            logits=pooled_logits(outputs.last_hidden_state),
+            hidden_states=outputs.hidden_states,
+            feedback_states=outputs.feedback_states,
+        )

@@ -1,0 +1,171 @@
+"""Text heads. Shapes: B batch, T positions, V vocabulary, L labels.
+
+All take `num_feedback_steps`, `output_hidden_states` and `output_feedback_states`, as FeedbackModel does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_feedback import FeedbackConfig
+from .feedback_cache import FeedbackCache
+from .modeling_feedback_heads import FeedbackClassifier, FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
+
+
+class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
+    """Next-token prediction."""
+
+    needs = {"is_causal": True, "is_encoder_decoder": False}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: FeedbackCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """labels [B, T] are shifted here, -100 is left out; logits are [B, T, V], or of the last `logits_to_keep`."""
+        outputs = self.run(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+        )
+        return self.read(outputs, labels, logits_to_keep, **kwargs)
+
+
+class FeedbackForMaskedLM(FeedbackLMHead):
+    """Prediction of masked tokens, from both sides."""
+
+    needs = {"is_causal": False}
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """labels [B, T], -100 where not predicted; logits [B, T, V]."""
+        outputs = self.run(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        return self.read(outputs, labels, **kwargs)
+
+
+class FeedbackForSequenceClassification(FeedbackClassifier):
+    """Single-label, multi-label (BCE) or regression (MSE), by `config.problem_type`."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding."""
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        outputs = self.run(**{**kwargs, **inputs, "use_cache": False})
+        return self.classify(outputs, labels, attention_mask)
+
+
+class FeedbackForTokenClassification(FeedbackClassifier):
+    """A class for every token."""
+
+    accepts_loss_kwargs = True
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> FeedbackOutput:
+        """labels [B, T], -100 where left out; logits [B, T, L]."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        outputs = self.run(**{**kwargs, **inputs, "use_cache": False})
+        loss = None
+        if labels is not None:
+            loss = self.mean_loss(
+                lambda y: self.loss_function(self.classifier(y), labels, self.config, **kwargs), outputs
+            )
+        return FeedbackOutput(
+            loss=loss,
+            logits=self.classifier(outputs.last_hidden_state),
+            hidden_states=outputs.hidden_states,
+            feedback_states=outputs.feedback_states,
+        )
+
+
+@dataclass
+class FeedbackQuestionAnsweringOutput(ModelOutput):
+    """loss [], start_logits and end_logits [B, T], and what FeedbackModelOutput carries."""
+
+    loss: Tensor | None = None
+    start_logits: Tensor | None = None
+    end_logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    feedback_states: tuple[Tensor, ...] | None = None
+
+
+class FeedbackForQuestionAnswering(FeedbackClassifier):
+    """The start and the end of an answer in the text."""
+
+    def num_outputs(self, config: FeedbackConfig) -> int:
+        return 2
+
+    def embed_output(self, y: Tensor) -> Tensor:
+        """Start and end are chosen among positions, so each position feeds back its two scores."""
+        return self.feedback(self.classifier(y).sigmoid())
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        **kwargs: Any,
+    ) -> FeedbackQuestionAnsweringOutput:
+        """start_positions and end_positions [B]"""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        outputs = self.run(**{**kwargs, **inputs, "use_cache": False})
+
+        def step_loss(y: Tensor) -> Tensor:
+            start, end = self.classifier(y).unbind(-1)
+            return self.loss_function(start, end, start_positions, end_positions)
+
+        given = start_positions is not None and end_positions is not None
+        start, end = self.classifier(outputs.last_hidden_state).unbind(-1)
+        return FeedbackQuestionAnsweringOutput(
+            loss=self.mean_loss(step_loss, outputs) if given else None,
+            start_logits=start,
+            end_logits=end,
+            hidden_states=outputs.hidden_states,
+            feedback_states=outputs.feedback_states,
+        )
