@@ -92,7 +92,7 @@ def test_unknown_preset():
 @pytest.mark.parametrize(
     ("head", "fields", "sentence"),
     [
-        (FeedbackForCausalLM, {"is_causal": False}, "FeedbackForCausalLM needs is_causal=True: set it in the config"),
+        (FeedbackForCausalLM, {"is_causal": False}, "FeedbackForCausalLM needs is_causal=True, not False: set"),
         (FeedbackForMaskedLM, {}, "FeedbackForMaskedLM needs is_causal=False"),
         (FeedbackForConditionalGeneration, {}, "needs is_encoder_decoder=True"),
         (FeedbackForImageClassification, {}, "needs embedding_type='patches', not 'tokens'"),

@@ -41,7 +41,8 @@ class FeedbackHead(FeedbackPreTrainedModel):
         for name, value in {"embedding_type": self.embedding_type, **self.needs}.items():
             given = getattr(config, name)
             if given != value:
-                raise ValueError(f"{type(self).__name__} needs {name}={value!r} in its config, not {given!r}.")
+                head = type(self).__name__
+                raise ValueError(f"{head} needs {name}={value!r}, not {given!r}: set it in the config.")
         self.model = FeedbackModel(config)
 
     def way_back(self, size: int) -> nn.Linear | None:
