@@ -42,17 +42,18 @@ ARCHITECTURE = {
     "num_feedback_steps": 4,
     "supervision": "all",
     "initializer_range": 0.06,
+    "dropout": 0.1,
 }
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "image_size": 28, "patch_size": 4, "num_channels": 1}
+SIZES = {"hidden_size": 96, "intermediate_size": 128, "image_size": 28, "patch_size": 4, "num_channels": 1}
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/image-classification",
     "dataset_name": "mnist-5k",
-    "num_train_epochs": 36,
+    "num_train_epochs": 30,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 250,
     "learning_rate": 4e-3,
     "warmup_steps": 0.1,
-    "weight_decay": 0.05,
+    "weight_decay": 0.1,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
     "remove_unused_columns": False,  # the pixels are made of the image column
