@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         loss, perplexity, seconds = (result[key] for key in ("eval_loss", "perplexity", "train_runtime"))
         rows.append((name, f"{parameters[name]:,}", f"{loss:.4f}", f"{perplexity:.3f}", f"{seconds:.0f} s"))
     table(rows)
-    unseen = data.blocks(plays["validation"], tokenizer, 128).shard(16, 0)["input_ids"]
+    unseen = data.blocks(plays["validation"], tokenizer, 128)[: 16 if args.smoke else 512]["input_ids"]
     losses = loss_by_steps(model, torch.tensor(unseen))
     print("\nThe same weights, with more or less thinking:")
     table([("feedback steps", *losses), ("validation loss", *(f"{loss:.4f}" for loss in losses.values()))])

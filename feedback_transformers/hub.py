@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
 
+from .models.configuration_feedback import MODELING
 from .models.modeling_feedback import FeedbackPreTrainedModel
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -60,7 +61,8 @@ def model_card(
 ) -> ModelCard:
     """A card with the sizes of `model` and the measured `results` on `dataset`, which `command` reproduces."""
     config = model.config
-    task = PIPELINES.get(type(model).__name__, "feature-extraction")
+    head = type(model).__name__
+    task = PIPELINES.get(head, "feature-extraction")
     data = ModelCardData(
         library_name="transformers",
         license=license,
@@ -80,7 +82,8 @@ def model_card(
         template_path=str(TEMPLATE),
         model_name=name,
         description=description,
-        head=type(model).__name__,
+        head=head,
+        auto=next(auto for auto, reference in MODELING.items() if reference.endswith(f".{head}")),
         parameters=f"{model.num_parameters():,}",
         config=config,
         results=results,
