@@ -47,7 +47,7 @@ FEEDBACK: dict[str, Any] = {
     "solver": "jacobi",
     "gradient_steps": 3,
 }
-# The best of the same grid for each model; benchmarks/LOG.md has the grid.
+# The same for all models, found on a small feed-forward one; benchmarks/LOG.md has the search.
 RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 7e-3, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
 SAMPLED = (3, 5)  # feedback steps in training, uniform
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import EvalResult
+from transformers import PreTrainedModel
 
 from .models.configuration_feedback import MODELING
 from .models.modeling_feedback import FeedbackPreTrainedModel
@@ -42,6 +43,10 @@ def export(
         results: measured metrics by name, for the card.
         card: what `model_card` takes.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"export takes a feedback model, not a {type(model).__name__}: merge_and_unload() adapters first."
+        )
     folder = Path(folder)
     model.save_pretrained(folder)
     if processor is not None:

@@ -267,3 +267,10 @@ def test_image_model_keeps_its_patches(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = FeedbackForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(loaded.model.embeddings.projection.weight, model.model.embeddings.projection.weight)
+
+
+def test_export_refuses_an_adapted_model(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(TypeError, match="merge_and_unload"):
+        hub.export(get_peft_model(build(), LoraConfig()), tmp_path)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import (
     BOS,
     EOS,
@@ -802,3 +803,44 @@ def test_forecast_feeds_itself_back(axis):
     assert_close(model(past).prediction_outputs, rolled)
     assert model(past, prediction_length=9).prediction_outputs.shape == (2, 9, 2)
     assert model(past[..., 0][..., None].expand(-1, -1, 2)).prediction_outputs.shape == (2, 4, 2)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"feedback_signal": "output"}, {"encoder_type": "rnn"}, {"feedback_axis": "time", "feedback_type": "lstm"}],
+)
+def test_offloaded_weights(fields):
+    """accelerate's hooks bring weights only to the forward of their own module."""
+    model = build(**fields)
+    with torch.no_grad():
+        expected = model(tokens()).logits
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert_close(model(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("backbone", BACKBONE_TYPES)
+def test_dropout_reaches_the_backbone(backbone):
+    model = build(backbone_config=backbone, dropout=0.0).train()
+    torch.testing.assert_close(model(tokens()).logits, model(tokens()).logits, atol=0.0, rtol=0.0)
+
+
+def test_backbone_config_of_another_depth():
+    model = build(backbone_config={"model_type": "qwen2", "num_hidden_layers": 1}, num_feedback_layers=3)
+    assert model.config.backbone_config.num_hidden_layers == 3
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
+def test_supervision_of_all_decodes_once_in_inference():
+    with torch.no_grad():
+        assert build(supervision="all").model(tokens()).feedback_states is None
+
+
+def test_config_asks_for_hidden_states():
+    model = build()
+    model.config.output_hidden_states = True
+    assert len(model(tokens()).hidden_states) == 2 + model.config.num_feedback_steps + 1
+
+
+def test_reentrant_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="use_reentrant=True"):
+        build().activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})

@@ -357,3 +357,10 @@ def test_empty_dataset(tmp_path):
     trainer = Trainer(build(), arguments(tmp_path, max_steps=-1, num_train_epochs=1), train_dataset=dataset(0))
     with pytest.raises(ValueError, match="(?i)num_samples|empty|no "):
         trainer.train()
+
+
+def test_label_smoothing_shifts_the_labels(tmp_path):
+    trainer = Trainer(build(), arguments(tmp_path, label_smoothing_factor=1e-9))
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    smoothed = trainer.compute_loss(trainer.model, dict(batch))
+    assert_close(smoothed, trainer.model(**batch).loss)

@@ -5,7 +5,6 @@
 `encoder_*` makes e, `feedback_*` describes f, c and phi, `decoder_*` makes g.
 """
 
-import copy
 import os
 import shutil
 from pathlib import Path
@@ -38,8 +37,8 @@ CHOICES = {
 BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
     "gpt2": {"intermediate_size": "n_inner", "hidden_act": "activation_function", "num_key_value_heads": None},
 }
-# What a backbone's config says that is not of its layers.
-NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id")
+# What a backbone's config says that is not of one of its layers.
+NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id", "num_hidden_layers", "n_layer", "layer_types")
 SHARED_WITH_BACKBONE = (
     "hidden_size",
     "intermediate_size",
@@ -51,8 +50,8 @@ SHARED_WITH_BACKBONE = (
 )
 
 
-def model_type_of(backbone: dict | PreTrainedConfig) -> str:
-    model_type = backbone.get("model_type", "llama") if isinstance(backbone, dict) else backbone.model_type
+def model_type_of(backbone: dict) -> str:
+    model_type = backbone.get("model_type", "llama")
     if model_type not in BACKBONE_TYPES:
         raise ValueError(f"Unknown backbone {model_type!r}; choose one of {', '.join(BACKBONE_TYPES)}.")
     return model_type
@@ -125,7 +124,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_type": "mlp",
         "num_decoder_layers": 0,
     },
-    # Cho et al. 2014, arXiv:1406.1078.
+    # Cho et al. 2014, arXiv:1406.1078, behind the gated input layer that every model here has.
     "gru": {
         "feedback_axis": "time",
         "feedback_type": "gru",
@@ -134,7 +133,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_type": "mlp",
         "num_decoder_layers": 0,
     },
-    # Hochreiter & Schmidhuber 1997.
+    # Hochreiter & Schmidhuber 1997, behind the same input layer.
     "lstm": {
         "feedback_axis": "time",
         "feedback_type": "lstm",
@@ -169,13 +168,14 @@ class FeedbackConfig(PreTrainedConfig):
         feedback_interval: time axis: positions per update of the feedback, counted from the first real token.
         num_feedback_steps: depth axis: passes over the same positions.
         feedback_signal: `state` feeds back the cell's latent, `output` the real prediction, embedded, and `none` is
-            the feed-forward control of the same size, whose connection reads the present input instead of the past.
+            the feed-forward control of the same size, whose connection reads the present input instead of the past
+            (a little smaller where feedback has weights of its own: the memory's, or those of a head's way back).
         feedback_connection: how it enters: `gate`, `add`, `concat`, or `memory`, the single shared memory of the
             Feedback Transformer that all layers attend to.
         feedback_noise: standard deviation of the Gaussian noise added to the fed-back signal in training.
         solver: `sequential` is exact; `jacobi` solves the time axis by `solver_steps` parallel passes.
         gradient_steps: back-propagate through the last so many steps only (`None`: all of them).
-        supervision: loss on the `last` pass or on `all` of them.
+        supervision: loss on the `last` pass or on `all` of them (where gradients are on: evaluation takes the last).
         halting: `fixed`, the given number of steps.
         share_encoder_decoder: the encoder's layers decode too.
     """
@@ -258,15 +258,12 @@ class FeedbackConfig(PreTrainedConfig):
         """The config of the borrowed layers; what `given` names is copied here, the rest comes from here."""
         if given is None or isinstance(given, str):
             given = {"model_type": given or "llama"}
+        elif isinstance(given, PreTrainedConfig):
+            given = given.to_dict()
         model_type = model_type_of(given)
-        theirs_to_ours = {theirs: ours for ours, theirs in shared_names(model_type).items()}
-        if isinstance(given, PreTrainedConfig):
-            named = {theirs: getattr(given, theirs) for theirs in theirs_to_ours}
-        else:
-            named = {name: value for name, value in given.items() if name not in NOT_OF_LAYERS}
-            aliases = type(AutoConfig.for_model(model_type)).attribute_map  # hidden_size: n_embd
-            named = {aliases.get(name, name): value for name, value in named.items()}
-            theirs_to_ours = {aliases.get(theirs, theirs): ours for theirs, ours in theirs_to_ours.items()}
+        aliases = type(AutoConfig.for_model(model_type)).attribute_map  # hidden_size: n_embd
+        theirs_to_ours = {aliases.get(theirs, theirs): ours for ours, theirs in shared_names(model_type).items()}
+        named = {aliases.get(name, name): value for name, value in given.items() if name not in NOT_OF_LAYERS}
         for theirs, ours in theirs_to_ours.items():
             if named.get(theirs) is not None:
                 setattr(self, ours, named[theirs])
@@ -274,15 +271,20 @@ class FeedbackConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self._check_sizes()
-        if isinstance(given, PreTrainedConfig):
-            return copy.deepcopy(given)
+        self._check_sizes(model_type)
         own = {theirs: getattr(self, ours) for theirs, ours in theirs_to_ours.items()}
-        if model_type != "gpt2":  # Qwen3's own default of head_dim is 128, whatever the hidden size
+        if model_type == "gpt2":
+            own.update(attn_pdrop=self.dropout, resid_pdrop=self.dropout)
+        else:  # Qwen3's own default of head_dim is 128, whatever the hidden size
             own.update(attention_dropout=self.dropout, head_dim=self.hidden_size // self.num_attention_heads)
-        return AutoConfig.for_model(model_type, **{**own, **named, "pad_token_id": None})
+        layers = max(1, self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)
+        own["n_layer" if model_type == "gpt2" else "num_hidden_layers"] = layers
+        backbone = AutoConfig.for_model(model_type, **{**own, **named, "pad_token_id": None})
+        if len(set(getattr(backbone, "layer_types", None) or [])) > 1:
+            raise ValueError(f"All layers must be of one type, and this {model_type} has {backbone.layer_types}.")
+        return backbone
 
-    def _check_sizes(self) -> None:
+    def _check_sizes(self, model_type: str) -> None:
         for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
@@ -291,7 +293,7 @@ class FeedbackConfig(PreTrainedConfig):
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
                 f"({self.num_attention_heads})."
             )
-        if (self.hidden_size // self.num_attention_heads) % 2:
+        if (self.hidden_size // self.num_attention_heads) % 2 and model_type != "gpt2":
             raise ValueError(
                 f"hidden_size / num_attention_heads is {self.hidden_size // self.num_attention_heads}; "
                 "rotary positions need an even number: change either."

@@ -20,10 +20,10 @@ class TokenEmbeddings(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() and input_ids.device.type == "cpu" and input_ids.numel():
-            low, high = input_ids.min().item(), input_ids.max().item()
-            if low < 0 or high >= self.tokens.num_embeddings:
+            low, high, size = input_ids.min().item(), input_ids.max().item(), len(self.tokens.weight)
+            if low < 0 or high >= size:
                 raise ValueError(
-                    f"input_ids go from {low} to {high} and the vocabulary has {self.tokens.num_embeddings} tokens: "
+                    f"input_ids go from {low} to {high} and the vocabulary has {size} tokens: "
                     "use the checkpoint's own tokenizer, or call model.resize_token_embeddings(len(tokenizer))."
                 )
         return self.tokens(input_ids)

@@ -155,7 +155,14 @@ def scan_reference(
 def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
     """torch's kernel reads the weights itself: only plain float32 layers, which no adapter wraps, may go there."""
     projections = (cell.input_proj, getattr(cell, "state_proj", None))
-    plain = all(type(m) is nn.Linear and not (m._forward_hooks or m._forward_pre_hooks) for m in projections)
+    plain = all(
+        type(m) is nn.Linear
+        and type(m.weight) is nn.Parameter  # not of a quantizer
+        and m.weight.device == x.device  # not offloaded
+        and "forward" not in vars(m)  # not wrapped by accelerate
+        and not (m._forward_hooks or m._forward_pre_hooks)
+        for m in projections
+    )
     autocast = torch.is_autocast_enabled(x.device.type)
     return plain and not autocast and x.dtype == cell.input_proj.weight.dtype == torch.float32
 

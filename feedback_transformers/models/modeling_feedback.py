@@ -5,7 +5,9 @@ Shapes: B batch, T positions, P positions in the cache, C channels, D hidden siz
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -77,6 +79,9 @@ class FeedbackPreTrainedModel(PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         """The loop checkpoints whole passes, so layers that keep a memory within it, which they would drop, do not."""
+        checkpoint = kwargs.get("gradient_checkpointing_func")
+        if enable and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+            raise ValueError("A feedback loop can't be checkpointed with use_reentrant=True: set it to False.")
         super()._set_gradient_checkpointing(enable, **kwargs)
         for model in (module for module in self.modules() if isinstance(module, FeedbackModel)):
             parts = [model.loop.cell]
@@ -120,9 +125,13 @@ class FeedbackModel(FeedbackPreTrainedModel):
         """e [B, T, D]"""
         return self.encoder(embedded, context.at("encoder"))
 
-    def encode_source(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The source [B, S] of a sequence-to-sequence model -> its states [B, S, D], in the order given."""
-        embedded = self.embeddings(input_ids)
+    def encode_source(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
+    ) -> Tensor:
+        """The source [B, S] or [B, S, D] of a sequence-to-sequence model -> its states [B, S, D], in that order."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give the source as input_ids or as inputs_embeds.")
+        embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         context, order = self.make_context(embedded, attention_mask, None, None)
         embedded = gather(embedded, order)
         if self.positions is not None:
@@ -135,15 +144,20 @@ class FeedbackModel(FeedbackPreTrainedModel):
         decoder = self.encoder if self.decoder is None else self.decoder
         return self.norm(decoder(h, context))
 
-    def embed_output(self, y: Tensor) -> Tensor:
+    def token_table(self, device: torch.device) -> Tensor | None:
+        """E [V, D], where predicted tokens are fed back; through its module, so that adapters and hooks count."""
+        if self.config.feedback_signal != "output" or self.config.embedding_type != "tokens":
+            return None
+        return self.get_input_embeddings()(torch.arange(self.config.vocab_size, device=device))
+
+    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
         """softmax(E y) E: the prediction of the head with tied embeddings, which this model is without its head."""
-        if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
+        if table is None or not self.config.tie_word_embeddings:
             raise ValueError(
                 "feedback_signal='output' feeds back a head's prediction: use a FeedbackFor... class, "
                 "or set tie_word_embeddings=True."
             )
-        weight = self.embeddings.tokens.weight
-        return (y @ weight.t()).softmax(-1) @ weight
+        return (y @ table.t()).softmax(-1) @ table
 
     @can_return_tuple
     def forward(
@@ -157,7 +171,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         past_values: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
-        embed_output: EmbedOutput | None = None,
+        embed_output: Callable[..., Tensor] | None = None,
         num_feedback_steps: int | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -170,7 +184,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
                 [B, T, C].
             attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
             num_feedback_steps: passes of this call instead of the config's (depth axis, or the jacobi solver).
-            embed_output: a head's map from y to its embedded prediction, for feedback_signal="output".
+            embed_output: a head's map from y and E (see token_table) to its prediction, embedded.
         """
         given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
         if len(given) != 1:
@@ -188,9 +202,13 @@ class FeedbackModel(FeedbackPreTrainedModel):
             embedded = embedded + self.positions(context.position_ids)
         e = embedded if self.config.is_encoder_decoder else self.encode(embedded, context)
 
-        every_step = bool(output_feedback_states or output_hidden_states or self.config.supervision == "all")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        supervised = self.config.supervision == "all" and torch.is_grad_enabled()  # else the last step is all we need
+        every_step = bool(output_feedback_states or output_hidden_states or supervised)
         self.check_steps(cache, num_feedback_steps, every_step)
-        looped = self.loop(e, context, self.decode, embed_output or self.embed_output, num_feedback_steps, every_step)
+        embed: EmbedOutput = partial(embed_output or self.embed_output, table=self.token_table(embedded.device))
+        looped = self.loop(e, context, self.decode, embed, num_feedback_steps, every_step)
         if cache is not None:
             cache.advance(context, keep_mask=self.config.has_attention)
 

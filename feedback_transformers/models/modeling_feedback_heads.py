@@ -51,8 +51,8 @@ class FeedbackHead(FeedbackPreTrainedModel):
             return None
         return nn.Linear(size, self.config.hidden_size, bias=False)
 
-    def embed_output(self, y: Tensor) -> Tensor:
-        """y [B, T, D] -> the prediction made of it, embedded back, [B, T, D]."""
+    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
+        """y [B, T, D] -> the prediction made of it, embedded back, [B, T, D]; `table` E [V, D] embeds tokens."""
         raise NotImplementedError
 
     def run(self, **inputs: Any) -> FeedbackModelOutput:
@@ -90,9 +90,9 @@ class FeedbackLMHead(FeedbackHead):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def embed_output(self, y: Tensor) -> Tensor:
+    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
         """softmax(logits) E"""
-        return self.lm_head(y).softmax(-1) @ self.get_input_embeddings().weight
+        return self.lm_head(y).softmax(-1) @ table
 
     def read(
         self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
@@ -132,7 +132,7 @@ class FeedbackClassifier(FeedbackHead):
     def num_outputs(self, config: FeedbackConfig) -> int:
         return len(cast(dict, config.id2label))
 
-    def embed_output(self, y: Tensor) -> Tensor:
+    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
         """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""
         logits = self.classifier(y)
         if self.config.problem_type == "multi_label_classification":

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
 from .feedback_cache import FeedbackCache
+from .modeling_feedback import FeedbackModel
 from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
 
 
@@ -21,11 +22,17 @@ class SourceEncoder:
 
     main_input_name = "input_ids"
 
-    def __init__(self, model: FeedbackForConditionalGeneration) -> None:
+    def __init__(self, model: FeedbackModel) -> None:
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        return self.model.encode(input_ids, attention_mask)
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutput:
+        return BaseModelOutput(last_hidden_state=self.model.encode_source(input_ids, attention_mask, inputs_embeds))
 
     __call__ = forward
 
@@ -36,11 +43,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
     needs = {"is_encoder_decoder": True}
 
     def get_encoder(self, modality: str | None = None) -> SourceEncoder:
-        return SourceEncoder(self)
-
-    def encode(self, input_ids: Any, attention_mask: Tensor | None = None) -> BaseModelOutput:
-        """Source tokens [B, S] -> their states [B, S, D], in the order given."""
-        return BaseModelOutput(last_hidden_state=self.model.encode_source(input_ids, attention_mask))
+        return SourceEncoder(self.model)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """The labels [B, T] behind a start token, -100 turned to padding."""
@@ -60,6 +63,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
+        inputs_embeds: Tensor | None = None,
         past_key_values: FeedbackCache | None = None,
         labels: Tensor | None = None,
         num_feedback_steps: int | None = None,
@@ -69,9 +73,10 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> FeedbackOutput:
-        """input_ids [B, S]; decoder_input_ids [B, T], made of labels [B, T] where left out; logits [B, T, V]."""
+        """input_ids [B, S] or inputs_embeds [B, S, D]; decoder_input_ids [B, T], made of labels [B, T] where left out;
+        logits [B, T, V]."""
         if encoder_outputs is None:
-            encoder_outputs = self.encode(input_ids, attention_mask)
+            encoder_outputs = self.get_encoder()(input_ids, attention_mask, inputs_embeds)
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")

@@ -25,7 +25,8 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
     """Forecasts one step, feeds the forecast back as the next input, and so on for `prediction_length` steps.
 
     A window is read relative to the mean and standard deviation of its own past, and each step predicts the change
-    to the next one. Trained on the true past of every step (teacher forcing); evaluation rolls out.
+    to the next one. Trained on the true past of every step (teacher forcing); evaluation rolls out. With Trainer, set
+    `label_names=["future_values"]` in TrainingArguments to have a loss in evaluation.
     """
 
     main_input_name = "past_values"
@@ -39,7 +40,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         self.feedback = self.way_back(config.num_channels)
         self.post_init()
 
-    def embed_output(self, y: Tensor) -> Tensor:
+    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
         return self.feedback(self.readout(y))
 
     @can_return_tuple

@@ -76,9 +76,11 @@ class StopOnNonFinite(TrainerCallback):
         loss, self.loss = self.loss, None
         if loss is not None and not torch.isfinite(loss).all():
             self.stop(args, state, f"The loss is {loss.mean().item()}")
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None and not torch.isfinite(parameter.grad).all():
-                self.stop(args, state, f"The gradient of {name} is not finite")
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        if args.fp16 or torch.isfinite(nn.utils.get_total_norm(gradients.values())):
+            return  # the scaler of fp16 meets infinite gradients by design, and skips such steps itself
+        name = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "the model")
+        self.stop(args, state, f"The gradient of {name} is not finite")
 
     def stop(self, args: TrainingArguments, state: TrainerState, what: str) -> None:
         self.hook.remove()
