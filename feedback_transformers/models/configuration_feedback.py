@@ -175,7 +175,7 @@ class FeedbackConfig(PreTrainedConfig):
         feedback_noise: standard deviation of the Gaussian noise added to the fed-back signal in training.
         solver: `sequential` is exact; `jacobi` solves the time axis by `solver_steps` parallel passes.
         gradient_steps: back-propagate through the last so many steps only (`None`: all of them).
-        supervision: loss on the `last` pass or on `all` of them (where gradients are on: evaluation takes the last).
+        supervision: loss on the `last` pass or on `all` of them.
         halting: `fixed`, the given number of steps.
         share_encoder_decoder: the encoder's layers decode too.
     """

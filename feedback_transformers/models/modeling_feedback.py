@@ -204,8 +204,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        supervised = self.config.supervision == "all" and torch.is_grad_enabled()  # else the last step is all we need
-        every_step = bool(output_feedback_states or output_hidden_states or supervised)
+        every_step = bool(output_feedback_states or output_hidden_states)
         self.check_steps(cache, num_feedback_steps, every_step)
         embed: EmbedOutput = partial(embed_output or self.embed_output, table=self.token_table(embedded.device))
         looped = self.loop(e, context, self.decode, embed, num_feedback_steps, every_step)

@@ -55,8 +55,11 @@ class FeedbackHead(FeedbackPreTrainedModel):
         """y [B, T, D] -> the prediction made of it, embedded back, [B, T, D]; `table` E [V, D] embeds tokens."""
         raise NotImplementedError
 
-    def run(self, **inputs: Any) -> FeedbackModelOutput:
-        """The model on `inputs`, feeding back this head's prediction where the config says so."""
+    def run(self, supervised: bool, **inputs: Any) -> FeedbackModelOutput:
+        """The model on `inputs`, feeding back this head's prediction where the config says so; `supervised` where a
+        loss will be taken, which may be at every step."""
+        if supervised and self.config.supervision == "all":
+            inputs["output_feedback_states"] = True
         return self.model(**inputs, embed_output=self.embed_output, return_dict=True)
 
     def mean_loss(self, loss: Callable[[Tensor], Tensor], outputs: FeedbackModelOutput) -> Tensor:

@@ -24,7 +24,7 @@ class FeedbackForImageClassification(FeedbackClassifier):
         **kwargs: Any,
     ) -> FeedbackOutput:
         """pixel_values [B, C, H, W], labels [B]; logits [B, L]."""
-        outputs = self.run(**{**kwargs, "pixel_values": pixel_values, "use_cache": False})
+        outputs = self.run(labels is not None, **{**kwargs, "pixel_values": pixel_values, "use_cache": False})
         return self.classify(outputs, labels, mask=None)
 
     def step_logits(self, outputs: FeedbackOutput) -> list[Tensor]:

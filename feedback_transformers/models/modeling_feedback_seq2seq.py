@@ -82,6 +82,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
                 raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.run(
+            labels is not None,
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             past_key_values=past_key_values,

@@ -62,7 +62,9 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         if future_values is not None:
             future = future_values if future_values.ndim == 3 else future_values[..., None]
             series = torch.cat([past, (future - mean) / std], dim=1)
-            outputs = self.run(past_values=series[:, :-1], num_feedback_steps=num_feedback_steps, use_cache=False)
+            outputs = self.run(
+                True, past_values=series[:, :-1], num_feedback_steps=num_feedback_steps, use_cache=False
+            )
 
             def step_loss(y: Tensor) -> Tensor:
                 return (series[:, :-1] + self.readout(y) - series[:, 1:]).abs().mean()
@@ -80,7 +82,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         value, cache, values = past, None, []
         for _ in range(length):
             outputs = self.run(
-                past_values=value, past_key_values=cache, num_feedback_steps=num_feedback_steps, use_cache=True
+                False, past_values=value, past_key_values=cache, num_feedback_steps=num_feedback_steps, use_cache=True
             )
             cache = outputs.past_key_values
             values.append(value[:, -1:] + self.readout(outputs.last_hidden_state[:, -1:]))

@@ -39,6 +39,7 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
     ) -> FeedbackOutput:
         """labels [B, T] are shifted here, -100 is left out; logits are [B, T, V], or of the last `logits_to_keep`."""
         outputs = self.run(
+            labels is not None,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -67,7 +68,13 @@ class FeedbackForMaskedLM(FeedbackLMHead):
         **kwargs: Any,
     ) -> FeedbackOutput:
         """labels [B, T], -100 where not predicted; logits [B, T, V]."""
-        outputs = self.run(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.run(
+            labels is not None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
         return self.read(outputs, labels, **kwargs)
 
 
@@ -87,7 +94,7 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        outputs = self.run(**{**kwargs, **inputs, "use_cache": False})
+        outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
         return self.classify(outputs, labels, attention_mask)
 
 
@@ -107,7 +114,7 @@ class FeedbackForTokenClassification(FeedbackClassifier):
     ) -> FeedbackOutput:
         """labels [B, T], -100 where left out; logits [B, T, L]."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        outputs = self.run(**{**kwargs, **inputs, "use_cache": False})
+        outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
         loss = None
         if labels is not None:
             loss = self.mean_loss(
@@ -154,13 +161,13 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
     ) -> FeedbackQuestionAnsweringOutput:
         """start_positions and end_positions [B]"""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        outputs = self.run(**{**kwargs, **inputs, "use_cache": False})
+        given = start_positions is not None and end_positions is not None
+        outputs = self.run(given, **{**kwargs, **inputs, "use_cache": False})
 
         def step_loss(y: Tensor) -> Tensor:
             start, end = self.classifier(y).unbind(-1)
             return self.loss_function(start, end, start_positions, end_positions)
 
-        given = start_positions is not None and end_positions is not None
         start, end = self.classifier(outputs.last_hidden_state).unbind(-1)
         return FeedbackQuestionAnsweringOutput(
             loss=self.mean_loss(step_loss, outputs) if given else None,
