@@ -134,3 +134,21 @@ each_axis = pytest.mark.parametrize("axis", ["time", "depth"])
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(actual, expected, atol=tolerance, rtol=0.0)
+
+
+def pad(batch: torch.Tensor, lengths: list[int], where: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T] -> each row cut to its length and padded to T + 3, with tokens that would be seen if they were read."""
+    rows, masks = [], []
+    for row, length in zip(batch, lengths, strict=True):
+        mask = torch.zeros(batch.shape[1] + 3, dtype=torch.long)
+        if where == "left":
+            mask[-length:] = 1
+        elif where == "right":
+            mask[:length] = 1
+        else:
+            mask[[1, 2, *range(5, 3 + length)]] = 1
+        padded = torch.full_like(mask, EOS)
+        padded[mask.bool()] = row[:length]
+        rows.append(padded)
+        masks.append(mask)
+    return torch.stack(rows), torch.stack(masks)

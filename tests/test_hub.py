@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import PAD, PRESETS_MEMORY, assert_close, build, make_tokenizer, tokens
 from safetensors.torch import load_file, save_file
-from test_modeling import HEADS, inputs_of
+from test_heads import HEADS, inputs_of
 from transformers import AutoConfig, AutoTokenizer
 
 from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackForImageClassification, hub

@@ -5,35 +5,28 @@ import torch
 from accelerate import cpu_offload
 from conftest import (
     BOS,
-    EOS,
     PAD,
     assert_close,
     build,
     each_axis,
     each_cell,
     each_combination,
+    pad,
     tiny,
     tokens,
 )
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel
 from transformers.activations import ACT2FN
 
 from feedback_transformers import (
     PRESETS,
     FeedbackCache,
-    FeedbackConfig,
     FeedbackForCausalLM,
     FeedbackForConditionalGeneration,
-    FeedbackForImageClassification,
     FeedbackForMaskedLM,
-    FeedbackForQuestionAnswering,
-    FeedbackForSequenceClassification,
-    FeedbackForTimeSeriesPrediction,
     FeedbackForTokenClassification,
-    FeedbackModel,
 )
-from feedback_transformers.models.configuration_feedback import BACKBONE_TYPES, MODELING, RECURRENT_TYPES
+from feedback_transformers.models.configuration_feedback import BACKBONE_TYPES, RECURRENT_TYPES
 from feedback_transformers.models.feedback_cells import CELLS
 
 # What the combinations don't contain; the shared body runs over these too.
@@ -112,24 +105,6 @@ def cached_equals_uncached(fields: dict) -> None:
                 logits.append(outputs.logits)
             assert cache.get_seq_length() == 13
             assert_close(torch.cat(logits, dim=1), full.logits)
-
-
-def pad(batch: torch.Tensor, lengths: list[int], where: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, T] -> each row cut to its length and padded to T + 3, with tokens that would be seen if they were read."""
-    rows, masks = [], []
-    for row, length in zip(batch, lengths, strict=True):
-        mask = torch.zeros(batch.shape[1] + 3, dtype=torch.long)
-        if where == "left":
-            mask[-length:] = 1
-        elif where == "right":
-            mask[:length] = 1
-        else:
-            mask[[1, 2, *range(5, 3 + length)]] = 1
-        padded = torch.full_like(mask, EOS)
-        padded[mask.bool()] = row[:length]
-        rows.append(padded)
-        masks.append(mask)
-    return torch.stack(rows), torch.stack(masks)
 
 
 def padding_changes_nothing(fields: dict) -> None:
@@ -607,202 +582,6 @@ def test_bfloat16_round_trip(tied, tmp_path):
         assert all(map(torch.equal, loaded.parameters(), model.parameters()))
         loaded.save_pretrained(tmp_path)  # not the model above: `.to` rounded its rotary frequencies, loading does not
         assert torch.equal(FeedbackForCausalLM.from_pretrained(tmp_path)(batch).logits, loaded(batch).logits)
-
-
-# Heads
-
-HEADS = {
-    FeedbackModel: {},
-    FeedbackForCausalLM: {},
-    FeedbackForMaskedLM: {"is_causal": False},
-    FeedbackForSequenceClassification: {"num_labels": 3},
-    FeedbackForTokenClassification: {"num_labels": 3},
-    FeedbackForQuestionAnswering: {},
-    FeedbackForConditionalGeneration: {"is_encoder_decoder": True, "decoder_start_token_id": BOS},
-    FeedbackForImageClassification: {
-        "embedding_type": "patches",
-        "is_causal": False,
-        "image_size": 8,
-        "pad_token_id": None,
-    },
-    FeedbackForTimeSeriesPrediction: {"embedding_type": "values", "prediction_length": 4, "pad_token_id": None},
-}
-each_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
-
-
-def inputs_of(head) -> dict:
-    if head is FeedbackForImageClassification:
-        return {"pixel_values": torch.randn(2, 1, 8, 8), "labels": torch.tensor([0, 1])}
-    if head is FeedbackForTimeSeriesPrediction:
-        return {"past_values": torch.randn(2, 10).cumsum(1), "future_values": torch.randn(2, 4)}
-    inputs = {"input_ids": tokens(), "attention_mask": torch.ones(2, 13, dtype=torch.long)}
-    if head is FeedbackForSequenceClassification:
-        inputs["labels"] = torch.tensor([0, 2])
-    elif head is FeedbackForTokenClassification:
-        inputs["labels"] = tokens() % 3
-    elif head is FeedbackForQuestionAnswering:
-        inputs.update(start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([3, 9]))
-    elif head is not FeedbackModel:
-        inputs["labels"] = tokens()
-    return inputs
-
-
-@each_head
-def test_every_head_is_registered_and_round_trips(head, tmp_path):
-    model, inputs = build(head, **HEADS[head]), inputs_of(head)
-    outputs = model(**inputs)
-    model.save_pretrained(tmp_path)
-    (auto,) = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head.__name__}")]
-    import transformers
-
-    loaded, info = getattr(transformers, auto).from_pretrained(tmp_path, output_loading_info=True)
-    assert type(loaded) is head and type(AutoConfig.from_pretrained(tmp_path)) is FeedbackConfig
-    assert not any(info.values())
-    again = loaded(**inputs)
-    assert torch.equal(again[0], outputs[0])
-    base, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert type(base) is FeedbackModel and not info["missing_keys"] and not info["mismatched_keys"]
-
-
-@each_head
-@pytest.mark.parametrize("signal", ["state", "output", "none"])
-@each_axis
-def test_every_head_learns(head, signal, axis):
-    if head is FeedbackModel:
-        outputs = build(FeedbackModel, feedback_signal=signal, feedback_axis=axis)(tokens())
-        assert outputs.last_hidden_state.shape == (2, 13, 32)
-        return
-    fields = {"feedback_signal": signal, "feedback_axis": axis, "feedback_type": "gru", **HEADS[head]}
-    if axis == "time" and not fields.get("is_causal", True):
-        fields["decoder_type"] = "mlp"
-    model, inputs = build(head, **fields).train(), inputs_of(head)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(8):
-        loss = model(**inputs).loss
-        loss.backward()
-        assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.98 * losses[0]
-
-
-BIDIRECTIONAL = {
-    FeedbackForMaskedLM: {},
-    FeedbackForSequenceClassification: {"num_labels": 3},
-    FeedbackForTokenClassification: {"num_labels": 3},
-    FeedbackForQuestionAnswering: {},
-}
-
-
-def logits_of(outputs):
-    return outputs.start_logits if "start_logits" in outputs else outputs.logits
-
-
-@pytest.mark.parametrize("head", BIDIRECTIONAL, ids=lambda head: head.__name__)
-@pytest.mark.parametrize("encoder", ["transformer", "rnn", "cnn", "gpt2"])
-@each_axis
-def test_bidirectional(head, encoder, axis):
-    """A later token changes earlier outputs; padding changes none."""
-    backbone = {"model_type": "gpt2" if encoder == "gpt2" else "llama"}
-    encoder = "transformer" if encoder == "gpt2" else encoder
-    fields = {"encoder_type": encoder, "decoder_type": encoder if encoder == "rnn" else "mlp", "feedback_axis": axis}
-    model = build(head, is_causal=False, backbone_config=backbone, **fields, **BIDIRECTIONAL[head])
-    batch, changed = tokens(2, 9), tokens(2, 9)
-    changed[:, 1] = torch.where(changed[:, 1] == 7, 8, 7)
-    with torch.no_grad():
-        before = logits_of(model(batch))
-        assert (logits_of(model(changed)) - before)[:, 0].abs().max() > 1e-4
-        for where in ("left", "right", "inside"):
-            padded, mask = pad(batch, [9, 6], where)
-            logits = logits_of(model(padded, attention_mask=mask))
-            for i, n in enumerate([9, 6]):
-                alone = logits_of(model(batch[i : i + 1, :n]))[0]
-                real = logits[i] if head is FeedbackForSequenceClassification else logits[i][mask[i].bool()]
-                assert_close(real, alone)
-
-
-@pytest.mark.parametrize("cell", ["conv", "transformer", "gru", "lstm"])
-@pytest.mark.parametrize("decoder", ["transformer", "rnn", "mlp"])
-def test_bidirectional_cells_and_decoders(cell, decoder):
-    """Without an encoder, what is seen of later tokens is seen by the cell or the decoder."""
-    fields = {"is_causal": False, "num_encoder_layers": 0, "feedback_type": cell, "decoder_type": decoder}
-    model, batch, changed = build(FeedbackForMaskedLM, **fields), tokens(2, 9), tokens(2, 9)
-    changed[:, 2] = torch.where(changed[:, 2] == 7, 8, 7)
-    seen = (model(changed).logits - model(batch).logits)[:, 1].abs().max() > 1e-4
-    assert seen == (cell in ("conv", "transformer") or decoder != "mlp")
-    padded, mask = pad(batch, [9, 6], "inside")
-    logits = model(padded, attention_mask=mask).logits
-    for i, n in enumerate([9, 6]):
-        assert_close(logits[i][mask[i].bool()], model(batch[i : i + 1, :n]).logits[0])
-
-
-@pytest.mark.parametrize(
-    ("problem", "labels", "expected"),
-    [
-        ("regression", torch.tensor([[0.5], [-1.0]]), lambda logits, labels: F.mse_loss(logits, labels)),
-        ("single_label_classification", torch.tensor([0, 2]), F.cross_entropy),
-        ("multi_label_classification", torch.tensor([[1.0, 0, 1], [0, 0, 1]]), F.binary_cross_entropy_with_logits),
-    ],
-)
-@pytest.mark.parametrize("signal", ["state", "output"])
-def test_sequence_classification_problems(problem, labels, expected, signal):
-    num_labels = 1 if problem == "regression" else 3
-    model = build(
-        FeedbackForSequenceClassification, num_labels=num_labels, problem_type=problem, feedback_signal=signal
-    )
-    outputs = model(tokens(), labels=labels)
-    assert_close(outputs.loss, expected(outputs.logits, labels), 1e-6)
-
-
-def test_sequence_classification_reads_the_last_real_token():
-    model, batch = build(FeedbackForSequenceClassification, num_labels=3), tokens(2, 9)
-    alone = torch.cat([model(batch[:1]).logits, model(batch[1:, :6]).logits])
-    for where in ("left", "right"):
-        padded, mask = pad(batch, [9, 6], where)
-        assert_close(model(padded, attention_mask=mask).logits, alone)
-        padded[mask == 0] = PAD
-        assert_close(model(padded).logits, alone)
-
-
-def test_question_answering_loss():
-    model, inputs = build(FeedbackForQuestionAnswering, is_causal=False), inputs_of(FeedbackForQuestionAnswering)
-    outputs = model(**inputs)
-    start = F.cross_entropy(outputs.start_logits, inputs["start_positions"])
-    end = F.cross_entropy(outputs.end_logits, inputs["end_positions"])
-    assert_close(outputs.loss, (start + end) / 2, 1e-6)
-
-
-@pytest.mark.parametrize("fields", [{}, {"encoder_type": "cnn", "feedback_type": "conv", "decoder_type": "mlp"}])
-def test_image_steps(fields):
-    head = FeedbackForImageClassification
-    model = build(head, num_labels=5, **{**HEADS[head], **fields})
-    image = torch.randn(2, 1, 8, 8)
-    outputs = model(image, output_feedback_states=True)
-    steps = model.step_logits(outputs)
-    assert len(steps) == 3
-    assert_close(steps[-1], outputs.logits, 1e-6)
-    assert_close(steps[0], model(image, num_feedback_steps=1).logits, 1e-5)
-
-
-@each_axis
-def test_forecast_feeds_itself_back(axis):
-    """Rolling out with a cache equals reading the whole series again at each step."""
-    head = FeedbackForTimeSeriesPrediction
-    model, past = build(head, feedback_axis=axis, num_channels=2, **HEADS[head]), torch.randn(2, 7, 2).cumsum(1)
-    with torch.no_grad():
-        rolled = model(past).prediction_outputs
-        series = (past - past.mean(1, keepdim=True)) / (past.std(1, keepdim=True) + 1e-5)
-        for _ in range(4):
-            y = model.model(past_values=series, use_cache=False).last_hidden_state[:, -1:]
-            series = torch.cat([series, series[:, -1:] + model.readout(y)], dim=1)
-    expected = series[:, 7:] * (past.std(1, keepdim=True) + 1e-5) + past.mean(1, keepdim=True)
-    assert_close(rolled, expected)
-    model.train().activation_checkpointing_enable()  # which makes no cache
-    assert_close(model(past).prediction_outputs, rolled)
-    assert model(past, prediction_length=9).prediction_outputs.shape == (2, 9, 2)
-    assert model(past[..., 0][..., None].expand(-1, -1, 2)).prediction_outputs.shape == (2, 4, 2)
 
 
 @pytest.mark.parametrize(
