@@ -20,6 +20,8 @@ TRAIN = [
     "scikit-learn>=1.5,<2",
     "tensorboard>=2.18,<3",
 ]
+FAST = ["numba>=0.62,<1"]
+BENCH = ["minGRU-pytorch>=0.2.1,<0.3"]
 DATA = ["datasets>=4,<6", "pillow>=10"]
 DEV = ["build>=1.2", "mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12"]
 
@@ -35,5 +37,5 @@ setup(
     package_data={"feedback_transformers": ["py.typed", "card_template.md"]},
     install_requires=["torch>=2.9,<3", "transformers>=5.23,<6"],
     # The data packages themselves are installed by `python -m feedback_transformers.data`, without their dependencies.
-    extras_require={"train": TRAIN, "data": DATA, "dev": TRAIN + DEV},
+    extras_require={"train": TRAIN, "data": DATA, "fast": FAST, "bench": BENCH + FAST, "dev": TRAIN + FAST + DEV},
 )

@@ -16,8 +16,8 @@ from transformers.activations import ACT2FN
 
 EMBEDDING_TYPES = ("tokens", "patches", "values")
 ENCODER_TYPES = ("transformer", "rnn", "cnn")
-FEEDBACK_TYPES = ("mlp", "gru", "lstm", "diagonal_gru", "conv", "transformer")
-RECURRENT_TYPES = ("gru", "lstm", "diagonal_gru")
+FEEDBACK_TYPES = ("mlp", "gru", "lstm", "diagonal_gru", "min_gru", "conv", "transformer")
+RECURRENT_TYPES = ("gru", "lstm", "diagonal_gru", "min_gru")
 DECODER_TYPES = ("mlp", "rnn", "transformer")
 BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "gpt2")
 CHOICES = {

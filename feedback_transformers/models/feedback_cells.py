@@ -24,7 +24,7 @@ State = tuple[Any, ...] | None  # a GRUState or LSTMState per layer
 
 
 class RecurrentCell(RecurrentStack):
-    """GRU, LSTM or diagonal GRU layers: along time each reads its own state of the position before, in depth that of
+    """Layers of one recurrence: along time each reads its own state of the position before, in depth that of
     the pass before."""
 
     def __init__(self, config: FeedbackConfig) -> None:
@@ -122,6 +122,7 @@ CELLS: dict[str, type[nn.Module]] = {
     "gru": RecurrentCell,
     "lstm": RecurrentCell,
     "diagonal_gru": RecurrentCell,
+    "min_gru": RecurrentCell,
     "conv": ConvCell,
     "transformer": TransformerCell,
 }

@@ -1,10 +1,16 @@
 """Recurrences h_t = f(x_t, h_{t-1}): one step each, and the loop over positions.
 
+`scan_reference` is the definition. `scan` computes the same by the fastest way that is safe: a kernel of
+feedback_kernels.py where numba is installed (`kernel_available`), else torch's own or a formula in plain torch.
+
 Shapes: B batch, T positions, D hidden size, G gates of the recurrence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -74,11 +80,16 @@ class GRU(nn.Module):
         n = torch.tanh(n_x + r * n_h)
         return GRUState(torch.lerp(n.float(), state.h, z.float()))
 
-    def fused(self, x: Tensor, state: GRUState) -> tuple[Tensor, GRUState]:
-        """torch's own kernel over all positions [B, T, D]."""
-        weights = _weights(self.input_proj, self.state_proj)
-        h, last = torch.gru(x, state.h[None], weights, True, 1, 0.0, self.training, False, True)
-        return h, GRUState(last[0])
+    def fused(self, x: Tensor, state: GRUState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, GRUState]:
+        """All positions [B, T, D] at once, by our kernel or torch's."""
+        weight, bias = self.state_proj.weight, self.state_proj.bias
+        if compiled := kernel("gru", x, weight, state.h):
+            h = compiled(self.input_proj(x), weight, bias, state.h, mask, reverse)
+        else:
+            real = RealFirst(x, mask, reverse)
+            h, _ = torch.gru(real.x, state.h[None], _weights(self), True, 1, 0.0, self.training, False, True)
+            h = real.restore(h, state.h)
+        return h, GRUState(last(h, reverse))
 
 
 class DiagonalGRU(GRU):
@@ -89,6 +100,46 @@ class DiagonalGRU(GRU):
 
     def project_state(self, h: Tensor) -> Tensor:
         return self.diagonal(h)
+
+    def fused(self, x: Tensor, state: GRUState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, GRUState]:
+        """All positions [B, T, D] at once; only where `can_compile` says so."""
+        compiled: Any = kernel("diagonal_gru", x)
+        h = compiled(self.input_proj(x), self.diagonal.weight, state.h, mask, reverse)
+        return h, GRUState(last(h, reverse))
+
+
+class MinGRU(GRU):
+    """minGRU, Feng et al. 2024 (arXiv:2410.01201), with the candidate of its appendix B.3:
+
+    z = σ(W_z x)    n = g(W_n x)    h' = (1 - z) ∘ h + z ∘ n    g(x) = x + 1/2 for x >= 0, else σ(x)
+
+    No gate reads the state, so it is linear in h, and all positions can be solved at once.
+    """
+
+    num_gates = 2
+
+    def add_state_projection(self, size: int) -> None:
+        """It has none."""
+
+    def coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of h' = a ∘ h + b, float32: [..., 2D] -> twice [..., D]"""
+        n_x, z_x = gates.chunk(2, dim=-1)
+        n = torch.where(n_x >= 0, n_x + 0.5, torch.sigmoid(n_x)).float()
+        z = torch.sigmoid(z_x).float()
+        return 1 - z, z * n
+
+    def step(self, gates: Tensor, state: GRUState) -> GRUState:
+        """One step from the projected input [..., 2D]."""
+        a, b = self.coefficients(gates)
+        return GRUState(a * state.h + b)
+
+    def fused(self, x: Tensor, state: GRUState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, GRUState]:
+        """All positions [B, T, D] at once."""
+        a, b = self.coefficients(self.input_proj(x))
+        if mask is not None:
+            a, b = a.masked_fill(~mask[..., None], 1.0), b.masked_fill(~mask[..., None], 0.0)
+        h = linear_scan(a, b, state.h, reverse)
+        return h.to(x.dtype), GRUState(last(h, reverse))
 
 
 class LSTM(nn.Module):
@@ -116,24 +167,35 @@ class LSTM(nn.Module):
         c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
         return LSTMState(torch.sigmoid(o) * torch.tanh(c), c)
 
-    def fused(self, x: Tensor, state: LSTMState) -> tuple[Tensor, LSTMState]:
-        """torch's own kernel over all positions [B, T, D]."""
-        weights = _weights(self.input_proj, self.state_proj)
+    def fused(self, x: Tensor, state: LSTMState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, LSTMState]:
+        """torch's kernel over all positions [B, T, D]."""
+        real, weights = RealFirst(x, mask, reverse), _weights(self)
+        if mask is not None:
+            # It returns c at the end only, padding included. One more input, 1 where there is padding, keeps c as it
+            # is from there on: σ of ±1e4 is exactly 1 for the forget gate and 0 for the input gate.
+            real.x = torch.cat([real.x, real.padding.to(x.dtype)], dim=-1)
+            i, f, g, o = x.new_zeros(4, x.shape[-1], 1).add(x.new_tensor([-1e4, 1e4, 0, 0])[:, None, None])
+            weights[0] = torch.cat([weights[0], torch.cat([i, f, g, o])], dim=1)
         start = (state.h[None], state.c[None])
-        h, last_h, last_c = torch.lstm(x, start, weights, True, 1, 0.0, self.training, False, True)
-        return h, LSTMState(last_h[0], last_c[0])
+        h, _, last_c = torch.lstm(real.x, start, weights, True, 1, 0.0, self.training, False, True)
+        h = real.restore(h, state.h)
+        return h, LSTMState(last(h, reverse), last_c[0])
 
 
-RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {"gru": GRU, "lstm": LSTM, "diagonal_gru": DiagonalGRU}
+RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {
+    "gru": GRU,
+    "lstm": LSTM,
+    "diagonal_gru": DiagonalGRU,
+    "min_gru": MinGRU,
+}
 
 
 def scan(
     cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
     """h_t [B, T, D] and the last state, over inputs [B, T, D]; where mask [B, T] is False nothing changes."""
-    if mask is None and can_fuse(cell, x):
-        h, state = cell.fused(x.flip(1) if reverse else x, state)
-        return (h.flip(1) if reverse else h), state
+    if can_fuse(cell, x) or can_compile(cell, x):
+        return cell.fused(x, state, mask, reverse)
     return scan_reference(cell, x, state, mask, reverse)
 
 
@@ -152,23 +214,125 @@ def scan_reference(
     return torch.stack(h[::-1] if reverse else h, dim=1).to(x.dtype), state
 
 
+def linear_scan(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
+    """h_t = a_t ∘ h_{t-1} + b_t from h_{-1} = start: a and b [B, T, D], start [B, D] -> [B, T, D].
+
+    Reversed, h_t = a_t ∘ h_{t+1} + b_t from h_T = start.
+    """
+    if compiled := kernel("linear_scan", a, b, start):
+        return compiled(a, b, start, reverse)
+    return linear_scan_parallel(a, b, start, reverse)
+
+
+def linear_scan_reference(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
+    """`linear_scan`, position by position."""
+    h = [start]
+    for t in reversed(range(a.shape[1])) if reverse else range(a.shape[1]):
+        h.append(a[:, t] * h[-1] + b[:, t])
+    return torch.stack(h[:0:-1] if reverse else h[1:], dim=1)
+
+
+def linear_scan_parallel(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
+    """`linear_scan` in 2·log T steps and work O(T), with neither division nor logarithm."""
+    if reverse:
+        return linear_scan_parallel(a.flip(1), b.flip(1), start).flip(1)
+    return _from_zero(a, torch.cat([a[:, :1] * start[:, None] + b[:, :1], b[:, 1:]], dim=1))
+
+
+def _from_zero(a: Tensor, b: Tensor) -> Tensor:
+    """Two neighbours are one step of a scan half as long, which gives h_1, h_3, …; from these follow h_2, h_4, …"""
+    length = a.shape[1]
+    if length == 1:
+        return b
+    first, second = slice(0, length - 1, 2), slice(1, None, 2)
+    odd = _from_zero(a[:, first] * a[:, second], a[:, second] * b[:, first] + b[:, second])
+    even = torch.cat([b[:, :1], a[:, 2::2] * odd[:, : (length - 1) // 2] + b[:, 2::2]], dim=1)
+    pairs = torch.stack([even[:, : length // 2], odd], dim=2).flatten(1, 2)
+    return torch.cat([pairs, even[:, length // 2 :]], dim=1)
+
+
+class RealFirst:
+    """Inputs [B, T, D] in the order of the walk with the real positions first, for kernels that know no mask."""
+
+    def __init__(self, x: Tensor, mask: Tensor | None, reverse: bool) -> None:
+        self.x, self.reverse, self.seen = x.flip(1) if reverse else x, reverse, None
+        if mask is not None:
+            mask = mask.flip(1) if reverse else mask
+            order = (~mask).byte().argsort(dim=1, stable=True)[..., None].expand_as(x)
+            self.x = torch.where(mask[..., None], self.x, 0.0).gather(1, order)
+            self.seen = mask.cumsum(1)[..., None]  # [B, T, 1] real positions up to here
+            self.padding = (~mask).sort(dim=1).values[..., None]  # [B, T, 1] of x as it is now
+
+    def restore(self, h: Tensor, start: Tensor) -> Tensor:
+        """h [B, T, D] at the positions of the call; at padding that of before, at first `start` [B, D]."""
+        if self.seen is not None:
+            h = torch.cat([start[:, None], h], dim=1).gather(1, self.seen.expand_as(h))
+        return h.flip(1) if self.reverse else h
+
+
+def last(h: Tensor, reverse: bool) -> Tensor:
+    """The state after the walk: [B, T, D] -> [B, D]"""
+    return h[:, 0 if reverse else -1]
+
+
 def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
-    """torch's kernel reads the weights itself: only plain float32 layers, which no adapter wraps, may go there."""
-    projections = (cell.input_proj, getattr(cell, "state_proj", None))
-    plain = all(
-        type(m) is nn.Linear
-        and type(m.weight) is nn.Parameter  # not of a quantizer
-        and m.weight.device == x.device  # not offloaded
-        and "forward" not in vars(m)  # not wrapped by accelerate
-        and not (m._forward_hooks or m._forward_pre_hooks)
-        for m in projections
+    """torch's kernel reads the weights itself: only plain float32 layers, which no adapter wraps, may go there.
+
+    The linear scan of a MinGRU reads none.
+    """
+    if isinstance(cell, MinGRU):
+        return True
+    return all(is_plain(m, nn.Linear, x) for m in (cell.input_proj, getattr(cell, "state_proj", None)))
+
+
+def can_compile(cell: GRU | LSTM, x: Tensor) -> bool:
+    """A diagonal GRU has no kernel in torch, and may go to ours, which reads the diagonal itself."""
+    return isinstance(cell, DiagonalGRU) and is_plain(cell.diagonal, Diagonal, x) and kernel("gru", x) is not None
+
+
+def is_plain(module: Any, kind: type[nn.Module], x: Tensor) -> bool:
+    """Whether reading the float32 weight is the same as calling the module on x."""
+    return (
+        type(module) is kind
+        and type(module.weight) is nn.Parameter  # not of a quantizer
+        and module.weight.device == x.device  # not offloaded
+        and "forward" not in vars(module)  # not wrapped by accelerate
+        and not (module._forward_hooks or module._forward_pre_hooks)
+        and x.dtype == module.weight.dtype == torch.float32
+        and not torch.is_autocast_enabled(x.device.type)
     )
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return plain and not autocast and x.dtype == cell.input_proj.weight.dtype == torch.float32
 
 
-def _weights(input_proj: Any, state_proj: Any) -> list[Tensor]:
-    return [input_proj.weight, state_proj.weight, input_proj.bias, state_proj.bias]
+def kernel_available() -> bool:
+    """Whether numba is there to compile the kernels for the CPU."""
+    return bool(_kernels())
+
+
+def kernel(name: str, *tensors: Tensor) -> Callable[..., Tensor] | None:
+    """The compiled form of `name`, if it can run on such tensors: it takes their memory, so they must have some."""
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if followed or not all(
+        type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors
+    ):
+        return None
+    return _kernels().get(name)
+
+
+@cache
+def _kernels() -> dict[str, Callable[..., Tensor]]:
+    """Imported when the first is asked for: numba is optional, and takes a while to load."""
+    if find_spec("numba") is None:
+        return {}
+    try:
+        from .feedback_kernels import KERNELS
+    except ImportError:  # numba is there, and does not go with the version of numpy
+        return {}
+    return KERNELS
+
+
+def _weights(cell: Any) -> list[Tensor]:
+    layers = cell.input_proj, cell.state_proj
+    return [*(layer.weight for layer in layers), *(layer.bias for layer in layers)]
 
 
 class RecurrentStack(nn.Module):

@@ -1,0 +1,368 @@
+"""Compiled recurrences for the CPU, each with its exact backward; `feedback_scan` is their plain twin.
+
+Imported by `feedback_scan` only where numba is (`pip install feedback_transformers[fast]`). Each kernel walks the
+positions once, one row of the batch after the other, and the loop over channels inside is what LLVM vectorises: all
+its arrays are slices that begin at zero, since an index like `size + d` might be negative for all it knows, and
+exp is written out, since libm's is not vectorised. One thread is enough: beside the projections, which are matrix
+products, the walk takes a small part of the time.
+
+Shapes: B batch, T positions, D hidden size. All arrays are contiguous float32, masks [B, T] bool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+try:
+    import numba
+    import numpy as np
+    from llvmlite import ir
+    from numba.extending import intrinsic
+except ImportError as error:
+    raise ImportError("The compiled recurrences need numba: pip install numba.") from error
+
+Array = Any
+
+
+def compiled(function: Callable) -> Callable:
+    """Multiply-adds may be contracted; NaN and infinity pass as in torch. Kept on disk where there is a place."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder beside this file or in the user's cache can be written to
+        return numba.njit(**options)(function)
+
+
+@intrinsic
+def bits_of(context: Any, x: Any) -> Any:
+    """float32 -> the int32 of the same bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return numba.types.int32(numba.types.float32), generate
+
+
+@intrinsic
+def float_of(context: Any, bits: Any) -> Any:
+    """int32 -> the float32 of the same bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return numba.types.float32(numba.types.int32), generate
+
+
+# Cephes' expf: e^x = 2^n e^r with |r| <= ln(2) / 2, a polynomial for e^r, and n added to the exponent's bits.
+ONE, TWO, LIMIT = np.float32(1), np.float32(2), np.float32(87)  # beyond e^87 a gate is 0 or 1
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+ROUND = np.float32(1.5 * 2**23)  # x + ROUND has no bits for a fraction, and those of the integer stand last
+C0, C1, C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+C3, C4, C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+MANTISSA, EXPONENT_OF_ONE = np.int32(23), np.int32(127 << 23)
+
+
+@compiled
+def exp(x: float) -> float:
+    """Within 1e-7 of e^x, relative; x is clamped to ±87, and NaN stays."""
+    x = LIMIT if x > LIMIT else x
+    x = -LIMIT if x < -LIMIT else x
+    shifted = x * LOG2_E + ROUND
+    n = shifted - ROUND
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    p = ((((C0 * r + C1) * r + C2) * r + C3) * r + C4) * r + C5
+    return (p * r * r + r + ONE) * float_of((bits_of(shifted) << MANTISSA) + EXPONENT_OF_ONE)
+
+
+@compiled
+def sigmoid(x: float) -> float:
+    return ONE / (ONE + exp(-x))
+
+
+@compiled
+def tanh(x: float) -> float:
+    return TWO / (ONE + exp(-TWO * x)) - ONE
+
+
+# h_t = a_t ∘ h_{t-1} + b_t
+
+
+@compiled
+def linear_forward(a: Array, b: Array, start: Array, reverse: bool, h: Array) -> None:
+    """a, b and h [B, T, D], start [B, D]"""
+    batch, length, size = h.shape
+    for row in range(batch):
+        before = start[row]
+        for i in range(length):
+            t = length - 1 - i if reverse else i
+            a_t, b_t, h_t = a[row, t], b[row, t], h[row, t]
+            for d in range(size):
+                h_t[d] = a_t[d] * before[d] + b_t[d]
+            before = h_t
+
+
+@compiled
+def linear_backward(
+    grad: Array, a: Array, start: Array, h: Array, reverse: bool, grad_a: Array, grad_b: Array, carry: Array
+) -> None:
+    """carry [B, D] is zero, and becomes the gradient of start."""
+    batch, length, size = h.shape
+    for row in range(batch):
+        c = carry[row]
+        for i in range(length - 1, -1, -1):
+            t = length - 1 - i if reverse else i
+            before = start[row] if i == 0 else h[row, t + 1 if reverse else t - 1]
+            g, a_t, grad_a_t, grad_b_t = grad[row, t], a[row, t], grad_a[row, t], grad_b[row, t]
+            for d in range(size):
+                dh = g[d] + c[d]
+                grad_b_t[d] = dh
+                grad_a_t[d] = dh * before[d]
+                c[d] = dh * a_t[d]
+
+
+# The GRU of diagonal matrices
+
+
+@compiled
+def diagonal_gru_forward(
+    gates: Array, weight: Array, start: Array, mask: Array, reverse: bool, h: Array, saved: Array
+) -> None:
+    """gates and saved (r, z, n) [B, T, 3D], weight [3, D], start [B, D], h [B, T, D]"""
+    batch, length, size = h.shape
+    weight_r, weight_z, weight_n = weight[0], weight[1], weight[2]
+    for row in range(batch):
+        before = start[row]
+        for i in range(length):
+            t = length - 1 - i if reverse else i
+            x, s, h_t = gates[row, t], saved[row, t], h[row, t]
+            x_r, x_z, x_n = x[:size], x[size : 2 * size], x[2 * size :]
+            s_r, s_z, s_n = s[:size], s[size : 2 * size], s[2 * size :]
+            if mask[row, t]:
+                for d in range(size):
+                    p = before[d]
+                    r = sigmoid(x_r[d] + weight_r[d] * p)
+                    z = sigmoid(x_z[d] + weight_z[d] * p)
+                    n = tanh(x_n[d] + r * (weight_n[d] * p))
+                    s_r[d], s_z[d], s_n[d] = r, z, n
+                    h_t[d] = n + z * (p - n)
+            else:
+                h_t[:] = before
+            before = h_t
+
+
+@compiled
+def diagonal_gru_backward(
+    grad: Array,
+    weight: Array,
+    start: Array,
+    mask: Array,
+    reverse: bool,
+    h: Array,
+    saved: Array,
+    grad_gates: Array,
+    grad_weight: Array,
+    carry: Array,
+) -> None:
+    """grad_weight [B, 3, D] and carry [B, D] are zero; carry becomes the gradient of start."""
+    batch, length, size = h.shape
+    weight_r, weight_z, weight_n = weight[0], weight[1], weight[2]
+    for row in range(batch):
+        c = carry[row]
+        grad_r, grad_z, grad_n = grad_weight[row, 0], grad_weight[row, 1], grad_weight[row, 2]
+        for i in range(length - 1, -1, -1):
+            t = length - 1 - i if reverse else i
+            before = start[row] if i == 0 else h[row, t + 1 if reverse else t - 1]
+            g, s, dx = grad[row, t], saved[row, t], grad_gates[row, t]
+            s_r, s_z, s_n = s[:size], s[size : 2 * size], s[2 * size :]
+            dx_r, dx_z, dx_n = dx[:size], dx[size : 2 * size], dx[2 * size :]
+            if mask[row, t]:
+                for d in range(size):
+                    p, r, z, n = before[d], s_r[d], s_z[d], s_n[d]
+                    dh = g[d] + c[d]
+                    dn = dh * (ONE - z) * (ONE - n * n)
+                    dz = dh * (p - n) * z * (ONE - z)
+                    dr = dn * (weight_n[d] * p) * r * (ONE - r)
+                    dx_r[d], dx_z[d], dx_n[d] = dr, dz, dn
+                    grad_r[d] += dr * p
+                    grad_z[d] += dz * p
+                    grad_n[d] += dn * r * p
+                    c[d] = dh * z + dr * weight_r[d] + dz * weight_z[d] + dn * r * weight_n[d]
+            else:
+                dx[:] = 0
+                for d in range(size):
+                    c[d] += g[d]
+
+
+# The GRU: elementwise parts of one step, between matrix products
+
+
+@compiled
+def gru_forward(gates: Array, projected: Array, mask: Array, t: int, state: Array, h: Array, saved: Array) -> None:
+    """gates [B, T, 3D], projected = U h_{t-1} [B, 3D], saved (r, z, n, U_n h_{t-1}) [B, T, 4D]; state [B, D] moves."""
+    batch, _, size = h.shape
+    for row in range(batch):
+        x, u, s, p, h_t = gates[row, t], projected[row], saved[row, t], state[row], h[row, t]
+        x_r, x_z, x_n = x[:size], x[size : 2 * size], x[2 * size :]
+        u_r, u_z, u_n = u[:size], u[size : 2 * size], u[2 * size :]
+        s_r, s_z, s_n, s_u = s[:size], s[size : 2 * size], s[2 * size : 3 * size], s[3 * size :]
+        if mask[row, t]:
+            for d in range(size):
+                r = sigmoid(x_r[d] + u_r[d])
+                z = sigmoid(x_z[d] + u_z[d])
+                n = tanh(x_n[d] + r * u_n[d])
+                s_r[d], s_z[d], s_n[d], s_u[d] = r, z, n, u_n[d]
+                p[d] = n + z * (p[d] - n)
+        h_t[:] = p
+
+
+@compiled
+def gru_backward(
+    grad: Array,
+    before: Array,
+    mask: Array,
+    t: int,
+    saved: Array,
+    carry: Array,
+    grad_gates: Array,
+    grad_n: Array,
+    grad_projected: Array,
+) -> None:
+    """before = h_{t-1} at t [B, T, D]; grad_projected [B, 3D] is that of U h_{t-1}, whose last part grad_n keeps.
+
+    carry [B, D] is the gradient of h_t from later steps, and becomes that of h_{t-1} but for what comes through U.
+    """
+    batch, _, size = before.shape
+    for row in range(batch):
+        g, p, s, c = grad[row, t], before[row, t], saved[row, t], carry[row]
+        dx, du, kept = grad_gates[row, t], grad_projected[row], grad_n[row, t]
+        s_r, s_z, s_n, s_u = s[:size], s[size : 2 * size], s[2 * size : 3 * size], s[3 * size :]
+        dx_r, dx_z, dx_n = dx[:size], dx[size : 2 * size], dx[2 * size :]
+        du_r, du_z, du_n = du[:size], du[size : 2 * size], du[2 * size :]
+        if mask[row, t]:
+            for d in range(size):
+                r, z, n = s_r[d], s_z[d], s_n[d]
+                dh = g[d] + c[d]
+                dn = dh * (ONE - z) * (ONE - n * n)
+                dz = dh * (p[d] - n) * z * (ONE - z)
+                dr = dn * s_u[d] * r * (ONE - r)
+                dx_r[d], dx_z[d], dx_n[d] = dr, dz, dn
+                du_r[d], du_z[d], du_n[d], kept[d] = dr, dz, dn * r, dn * r
+                c[d] = dh * z
+        else:
+            dx[:], du[:], kept[:] = 0, 0, 0
+            for d in range(size):
+                c[d] += g[d]
+
+
+# What autograd sees
+
+
+def arrays(*tensors: Tensor) -> list[Array]:
+    return [tensor.detach().numpy() for tensor in tensors]
+
+
+class LinearScan(Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, start: Tensor, reverse: bool) -> Tensor:
+        a, b, start = a.contiguous(), b.contiguous(), start.contiguous()
+        h = torch.empty_like(b)
+        linear_forward(*arrays(a, b, start), reverse, *arrays(h))
+        ctx.save_for_backward(a, start, h)
+        ctx.reverse = reverse
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, start, h = ctx.saved_tensors
+        grad_a, grad_b, carry = torch.empty_like(h), torch.empty_like(h), torch.zeros_like(start)
+        linear_backward(*arrays(grad.contiguous(), a, start, h), ctx.reverse, *arrays(grad_a, grad_b, carry))
+        return grad_a, grad_b, carry, None
+
+
+class DiagonalGRUScan(Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, weight: Tensor, start: Tensor, mask: Tensor, reverse: bool) -> Tensor:
+        gates, weight, start, mask = (tensor.contiguous() for tensor in (gates, weight, start, mask))
+        h, saved = gates.new_empty(*mask.shape, start.shape[-1]), torch.empty_like(gates)
+        diagonal_gru_forward(*arrays(gates, weight, start, mask), reverse, *arrays(h, saved))
+        ctx.save_for_backward(weight, start, mask, h, saved)
+        ctx.reverse = reverse
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, start, mask, h, saved = ctx.saved_tensors
+        grad_gates, carry = torch.empty_like(saved), torch.zeros_like(start)
+        grad_weight = weight.new_zeros(start.shape[0], *weight.shape)
+        given = arrays(grad.contiguous(), weight, start, mask)
+        diagonal_gru_backward(*given, ctx.reverse, *arrays(h, saved, grad_gates, grad_weight, carry))
+        return grad_gates, grad_weight.sum(0), carry, None, None
+
+
+class GRUScan(Function):
+    """The gradient of U is one product after the walk, where torch's backward adds up one for each step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gates: Tensor, weight: Tensor, bias: Tensor, start: Tensor, mask: Tensor, reverse: bool
+    ) -> Tensor:
+        gates, mask, state = gates.contiguous(), mask.contiguous(), start.clone(memory_format=torch.contiguous_format)
+        (batch, length), size = mask.shape, start.shape[-1]
+        h, saved = gates.new_empty(batch, length, size), gates.new_empty(batch, length, 4 * size)
+        projected, transposed = gates.new_empty(batch, 3 * size), weight.t().contiguous()
+        gates_, projected_, mask_, state_, h_, saved_ = arrays(gates, projected, mask, state, h, saved)
+        for t in reversed(range(length)) if reverse else range(length):
+            torch.addmm(bias, state, transposed, out=projected)
+            gru_forward(gates_, projected_, mask_, t, state_, h_, saved_)
+        ctx.save_for_backward(weight, start, mask, h, saved)
+        ctx.reverse = reverse
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, start, mask, h, saved = ctx.saved_tensors
+        (batch, length), size = mask.shape, start.shape[-1]
+        before = torch.cat([h[:, 1:], start[:, None]] if ctx.reverse else [start[:, None], h[:, :-1]], dim=1)
+        carry, grad_projected = h.new_zeros(batch, size), h.new_empty(batch, 3 * size)
+        grad_gates, grad_n = h.new_empty(batch, length, 3 * size), torch.empty_like(h)
+        given = arrays(grad.contiguous(), before, mask)
+        made = arrays(saved, carry, grad_gates, grad_n, grad_projected)
+        for t in range(length) if ctx.reverse else reversed(range(length)):
+            gru_backward(*given, t, *made)
+            carry.addmm_(grad_projected, weight)
+        before, grad_rz, grad_n = before.flatten(0, 1), grad_gates.flatten(0, 1)[:, : 2 * size], grad_n.flatten(0, 1)
+        grad_weight = torch.cat([grad_rz.t() @ before, grad_n.t() @ before])
+        return grad_gates, grad_weight, torch.cat([grad_rz.sum(0), grad_n.sum(0)]), carry, None, None
+
+
+# The twins of what feedback_scan has in plain torch
+
+
+def linear_scan(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
+    """h_t = a_t ∘ h_{t-1} + b_t: a and b [B, T, D], start [B, D] -> [B, T, D]"""
+    return LinearScan.apply(a, b, start, reverse)
+
+
+def diagonal_gru(gates: Tensor, weight: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
+    """gates [B, T, 3D], weight [3, D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
+    return DiagonalGRUScan.apply(gates, weight, start, everywhere(gates) if mask is None else mask, reverse)
+
+
+def gru(gates: Tensor, weight: Tensor, bias: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
+    """gates [B, T, 3D], weight [3D, D], bias [3D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
+    return GRUScan.apply(gates, weight, bias, start, everywhere(gates) if mask is None else mask, reverse)
+
+
+def everywhere(gates: Tensor) -> Tensor:
+    return torch.ones(gates.shape[:2], dtype=torch.bool)
+
+
+KERNELS = {"linear_scan": linear_scan, "diagonal_gru": diagonal_gru, "gru": gru}
