@@ -1,0 +1,1 @@
+"""Published tasks of state tracking and reasoning: `python -m benchmarks.tasks`."""

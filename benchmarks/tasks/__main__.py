@@ -1,0 +1,53 @@
+"""What feedback buys: published tasks, each model on three seeds.
+
+    python -m benchmarks.tasks                                    # every missing run of every task, then the report
+    python -m benchmarks.tasks --task parity --models feedback gru --seeds 0
+    python -m benchmarks.tasks --report                           # tables and plots of the runs that are there
+    python -m benchmarks.tasks --smoke                            # a few steps of everything, nothing is written
+
+Each run is appended to results/tasks/<task>.jsonl when it has finished, and a run that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from . import parity
+from .runner import SEEDS, Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (parity.TASK,)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--models", nargs="+", help="all of the task by default")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--steps", type=int, help="train so many steps instead of the task's own number")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of each model, nothing is written")
+    arguments = parser.parse_args()
+    tasks = [TASKS[name] for name in arguments.task]
+    for task in tasks:
+        models = arguments.models or list(task.models)
+        unknown = set(models) - set(task.models)
+        if unknown:
+            parser.error(
+                f"{task.name} has no model {', '.join(sorted(unknown))}: choose from {', '.join(task.models)}."
+            )
+        if arguments.smoke:
+            for model in models:
+                line = task.run(model, arguments.seeds[0], arguments.steps or 2)
+                print(task.name, model, f"{line['parameters']:,}", line["metrics"], f"{line['seconds']} s", flush=True)
+        elif not arguments.report:
+            task.run_missing(models, arguments.seeds, arguments.steps)
+    if arguments.smoke:
+        return
+    reached = [task.report() for task in tasks]
+    for task in tasks:
+        task.plot()
+    raise SystemExit(0 if all(reached) else 1)
+
+
+if __name__ == "__main__":
+    main()

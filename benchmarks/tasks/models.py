@@ -1,0 +1,47 @@
+"""The models that the tasks compare, all of one shape: token ids [B, T] in, logits [B, T, L] out.
+
+Shapes: B batch, T positions, D hidden size, L labels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForTokenClassification
+from transformers.modeling_outputs import TokenClassifierOutput
+
+from feedback_transformers import FeedbackConfig, FeedbackForTokenClassification
+
+Settings = dict[str, Any]  # strings and numbers only: they are written beside every result
+
+
+class Recurrent(nn.Module):
+    """torch's nn.GRU or nn.LSTM between an embedding and a linear readout."""
+
+    def __init__(self, kind: type[nn.GRU] | type[nn.LSTM], tokens: int, labels: int, size: int, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(tokens, size)
+        self.rnn = kind(size, size, layers, batch_first=True)
+        self.classifier = nn.Linear(size, labels)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
+        logits = self.classifier(self.rnn(self.embedding(input_ids))[0])
+        loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return TokenClassifierOutput(loss=loss, logits=logits)
+
+
+def build(kind: str, fields: Settings, tokens: int, labels: int, positions: int) -> nn.Module:
+    """`feedback` (fields of FeedbackConfig, perhaps with a preset), `llama` (of LlamaConfig), `gru` or `lstm`."""
+    if kind in ("gru", "lstm"):
+        cell = nn.GRU if kind == "gru" else nn.LSTM
+        return Recurrent(cell, tokens, labels, fields["hidden_size"], fields["num_layers"])
+    sizes = {"vocab_size": tokens, "num_labels": labels, "max_position_embeddings": positions, "use_cache": False}
+    if kind == "llama":
+        return LlamaForTokenClassification(LlamaConfig(**sizes, **fields, bos_token_id=None, eos_token_id=None))
+    if kind != "feedback":
+        raise ValueError(f"Unknown kind of model {kind!r}; choose feedback, llama, gru or lstm.")
+    fields = dict(fields)
+    preset = fields.pop("preset", None)
+    config = FeedbackConfig.preset(preset, **sizes, **fields) if preset else FeedbackConfig(**sizes, **fields)
+    return FeedbackForTokenClassification(config)
