@@ -37,5 +37,11 @@ setup(
     package_data={"feedback_transformers": ["py.typed", "card_template.md"]},
     install_requires=["torch>=2.9,<3", "transformers>=5.23,<6"],
     # The data packages themselves are installed by `python -m feedback_transformers.data`, without their dependencies.
-    extras_require={"train": TRAIN, "data": DATA, "fast": FAST, "bench": BENCH + FAST, "dev": TRAIN + FAST + DEV},
+    extras_require={
+        "train": TRAIN,
+        "data": DATA,
+        "fast": FAST,
+        "bench": BENCH + FAST,
+        "dev": TRAIN + FAST + BENCH + DEV,
+    },
 )

@@ -27,9 +27,10 @@ except ImportError as error:
     raise ImportError("The compiled recurrences need numba: pip install numba.") from error
 
 Array = Any
+Scalar = Any
 
 
-def compiled(function: Callable) -> Callable:
+def compiled(function: Callable) -> Any:
     """Multiply-adds may be contracted; NaN and infinity pass as in torch. Kept on disk where there is a place."""
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
@@ -39,7 +40,7 @@ def compiled(function: Callable) -> Callable:
 
 
 @intrinsic
-def bits_of(context: Any, x: Any) -> Any:
+def bits_of(context: Any, x: Scalar) -> Any:
     """float32 -> the int32 of the same bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -49,7 +50,7 @@ def bits_of(context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def float_of(context: Any, bits: Any) -> Any:
+def float_of(context: Any, bits: Scalar) -> Any:
     """int32 -> the float32 of the same bits."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -68,7 +69,7 @@ MANTISSA, EXPONENT_OF_ONE = np.int32(23), np.int32(127 << 23)
 
 
 @compiled
-def exp(x: float) -> float:
+def exp(x: Scalar) -> Scalar:
     """Within 1e-7 of e^x, relative; x is clamped to ±87, and NaN stays."""
     x = LIMIT if x > LIMIT else x
     x = -LIMIT if x < -LIMIT else x
@@ -76,16 +77,16 @@ def exp(x: float) -> float:
     n = shifted - ROUND
     r = x - n * LN2_HIGH - n * LN2_LOW
     p = ((((C0 * r + C1) * r + C2) * r + C3) * r + C4) * r + C5
-    return (p * r * r + r + ONE) * float_of((bits_of(shifted) << MANTISSA) + EXPONENT_OF_ONE)
+    return (p * r * r + r + ONE) * float_of((bits_of(shifted) << MANTISSA) + EXPONENT_OF_ONE)  # type: ignore[call-arg]
 
 
 @compiled
-def sigmoid(x: float) -> float:
+def sigmoid(x: Scalar) -> Scalar:
     return ONE / (ONE + exp(-x))
 
 
 @compiled
-def tanh(x: float) -> float:
+def tanh(x: Scalar) -> Scalar:
     return TWO / (ONE + exp(-TWO * x)) - ONE
 
 
@@ -365,4 +366,4 @@ def everywhere(gates: Tensor) -> Tensor:
     return torch.ones(gates.shape[:2], dtype=torch.bool)
 
 
-KERNELS = {"linear_scan": linear_scan, "diagonal_gru": diagonal_gru, "gru": gru}
+KERNELS: dict[str, Callable[..., Tensor]] = {"linear_scan": linear_scan, "diagonal_gru": diagonal_gru, "gru": gru}

@@ -1,0 +1,114 @@
+"""Newton's method over all positions at once, for recurrences whose channels do not read each other.
+
+The states of all positions solve h = F(h), F(h)_t = f(x_t, h_{t-1}). One step of Newton puts f's linearization in its
+place, which is a linear scan: Lim et al. 2023, DEER (arXiv:2309.12252); with diagonal Jacobians Danieli et al. 2025,
+ParaRNN (arXiv:2510.21450). After k steps the first k positions are exact whatever happens, and where the recurrence
+contracts a handful is enough for all.
+
+Shapes: B batch, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+from transformers.utils import logging
+
+from .feedback_scan import GRU, LSTM, DiagonalGRU, GRUState, MinGRU, last, linear_scan, scan
+
+logger = logging.get_logger(__name__)
+
+
+def newton(
+    cell: GRU | LSTM,
+    x: Tensor,
+    state: GRUState,
+    mask: Tensor | None = None,
+    tolerance: float = 1e-6,
+    max_iterations: int = 32,
+) -> tuple[Tensor, GRUState, int]:
+    """`scan` by Newton's method: h [B, T, D], the last state, and the number of iterations.
+
+    It is solved when the residual |F(h) - h| is nowhere above `tolerance` times the largest state, or times 1 if that
+    is more. Where this is not so after `max_iterations`, the positions are walked one by one instead.
+    """
+    if not isinstance(cell, (DiagonalGRU, MinGRU)):
+        raise ValueError("Newton's method needs a recurrence of single channels: use diagonal_gru or min_gru.")
+    gates = cell.input_proj(x).float()
+    solved = solve(cell, gates.detach(), state.h.detach(), mask, tolerance, max_iterations)
+    if solved is None:
+        logger.warning_once(
+            f"Newton's method did not converge in {max_iterations} iterations, so positions are walked one by one: "
+            "allow more iterations, or use the sequential solver."
+        )
+        return *scan(cell, x, state, mask), max_iterations
+    h, jacobian, iterations = solved
+    h = ImplicitGradient.apply(one_step(cell, gates, before(h, state.h), mask), jacobian)
+    return h.to(x.dtype), GRUState(last(h, reverse=False)), iterations
+
+
+@torch.no_grad()
+def solve(
+    cell: GRU, gates: Tensor, start: Tensor, mask: Tensor | None, tolerance: float, max_iterations: int
+) -> tuple[Tensor, Tensor, int] | None:
+    """h and the Jacobian's diagonal at it [B, T, D], and the number of iterations; None if it does not converge.
+
+    Damped: after a step that made the residual grow, the next one takes slopes beyond ±1 for ±1, so that its errors
+    don't grow from position to position.
+    """
+    h = start[:, None].expand(-1, gates.shape[1], -1)
+    made, jacobian = linearize(cell, gates, before(h, start), mask)
+    residual, bound = (made - h).abs().max(), float("inf")
+    for iteration in range(max_iterations + 1):
+        if residual <= tolerance * h.abs().max().clamp(min=1.0):
+            return h, jacobian, iteration
+        slope = jacobian.clamp(-bound, bound)
+        new = linear_scan(slope, made - slope * before(h, start), start)
+        new_made, new_jacobian = linearize(cell, gates, before(new, start), mask)
+        new_residual = (new_made - new).abs().max()
+        bound = float("inf") if new_residual < residual else 1.0
+        if new_residual.isfinite():  # else the same step again, damped
+            h, made, jacobian, residual = new, new_made, new_jacobian, new_residual
+    return None
+
+
+def before(h: Tensor, start: Tensor) -> Tensor:
+    """What each position reads: [B, T, D], and the state before them [B, D]"""
+    return torch.cat([start[:, None], h[:, :-1]], dim=1)
+
+
+def one_step(cell: GRU, gates: Tensor, previous: Tensor, mask: Tensor | None) -> Tensor:
+    """One step of all positions in parallel, each from its own previous state. [B, T, D]"""
+    h = cell.step(gates, GRUState(previous)).h
+    return h if mask is None else torch.where(mask[..., None], h, previous)
+
+
+def linearize(cell: GRU, gates: Tensor, previous: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """F and the diagonal of its Jacobian, each [B, T, D]: the sum's gradient, as no entry depends on another's."""
+    with torch.enable_grad():
+        previous = previous.detach().requires_grad_()
+        h = one_step(cell, gates, previous, mask)
+        (jacobian,) = torch.autograd.grad(h.sum(), previous)
+    return h.detach(), jacobian
+
+
+class ImplicitGradient(Function):
+    """The identity on F(h) at the solution h, where the gradient of F alone becomes that of the solution.
+
+    By the implicit function theorem it is λ, with λ_t = g_t + J_{t+1} ∘ λ_{t+1}: a scan from the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, jacobian: Tensor) -> Tensor:
+        ctx.save_for_backward(jacobian)
+        return h.view_as(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (jacobian,) = ctx.saved_tensors
+        end = torch.zeros_like(grad[:, 0])
+        return linear_scan(torch.cat([jacobian[:, 1:], end[:, None]], dim=1), grad, end, reverse=True), None
