@@ -45,6 +45,48 @@ VARIANTS = {
     "supervision-all": {"supervision": "all", "feedback_signal": "output"},
     "truncated": {"gradient_steps": 2, "feedback_type": "gru", "feedback_axis": "time"},
 }
+TIME = {"feedback_axis": "time"}
+BLOCKS = {**TIME, "solver": "gauss_seidel", "solver_block_size": 4, "solver_steps": 3}
+HALTING = {
+    "converged": {"halting": "converged", "halting_threshold": 0.5},
+    "converged-prediction": {"halting": "converged", "halting_measure": "prediction", "halting_threshold": 0.02},
+    "learned": {"halting": "learned"},
+    "act": {"halting": "act", "halting_threshold": 0.7},
+}
+VARIANTS |= {
+    "gauss-seidel": BLOCKS,
+    "gauss-seidel-output": {**BLOCKS, "feedback_signal": "output", "feedback_interval": 2},
+    "gauss-seidel-uneven": {**BLOCKS, "feedback_type": "gru", "feedback_interval": 3},
+    "gauss-seidel-conv": {**BLOCKS, "feedback_type": "conv", "decoder_type": "rnn"},
+    "tolerance": {**TIME, "solver": "jacobi", "solver_steps": 40, "solver_tolerance": 1e-6},
+    "tolerance-gru": {
+        **TIME,
+        "solver": "jacobi",
+        "solver_steps": 40,
+        "solver_tolerance": 1e-6,
+        "feedback_type": "gru",
+    },
+    "tolerance-truncated": {
+        **TIME,
+        "solver": "gauss_seidel",
+        "solver_steps": 40,
+        "solver_tolerance": 1e-6,
+        "gradient_steps": 2,
+    },
+    **{f"halting-{name}": {"num_feedback_steps": 5, **rule} for name, rule in HALTING.items()},
+    **{
+        f"halting-{name}-gru": {"num_feedback_steps": 5, "feedback_type": "gru", **rule}
+        for name, rule in HALTING.items()
+    },
+    **{
+        f"halting-{name}-output": {"feedback_signal": "output", "num_decoder_layers": 2, **rule}
+        for name, rule in HALTING.items()
+    },
+    **{
+        f"halting-{name}-jacobi": {**TIME, "solver": "jacobi", "feedback_interval": 3, **rule}
+        for name, rule in HALTING.items()
+    },
+}
 for family in BACKBONE_TYPES:
     for axis in ("time", "depth"):
         VARIANTS[f"{family}-{axis}"] = {
@@ -316,7 +358,7 @@ def test_gradient_of_the_last_pass_alone():
     signal = None
     for step in range(3):
         with torch.set_grad_enabled(step == 2):
-            h, _ = base.loop.one_pass(e, signal, None, context, step)
+            h, _ = base.loop.step(e, signal, None, context, step)
             signal = h
     logits = model.lm_head(base.decode(h, context))
     F.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()

@@ -18,6 +18,7 @@ EMBEDDING_TYPES = ("tokens", "patches", "values")
 ENCODER_TYPES = ("transformer", "rnn", "cnn")
 FEEDBACK_TYPES = ("mlp", "gru", "lstm", "diagonal_gru", "min_gru", "conv", "transformer")
 RECURRENT_TYPES = ("gru", "lstm", "diagonal_gru", "min_gru")
+DIAGONAL_TYPES = ("diagonal_gru",)  # no channel reads another's state
 DECODER_TYPES = ("mlp", "rnn", "transformer")
 BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "gpt2")
 CHOICES = {
@@ -28,9 +29,10 @@ CHOICES = {
     "feedback_axis": ("time", "depth"),
     "feedback_signal": ("state", "output", "none"),
     "feedback_connection": ("gate", "add", "concat", "memory"),
-    "solver": ("sequential", "jacobi"),
+    "solver": ("sequential", "jacobi", "gauss_seidel", "newton"),
     "supervision": ("last", "all"),
-    "halting": ("fixed",),
+    "halting": ("fixed", "converged", "learned", "act"),
+    "halting_measure": ("state", "prediction"),
 }
 
 # What the backbones call the fields of FeedbackConfig; where a name is missing here, it is the same.
@@ -173,16 +175,35 @@ class FeedbackConfig(PreTrainedConfig):
         feedback_connection: how it enters: `gate`, `add`, `concat`, or `memory`, the single shared memory of the
             Feedback Transformer that all layers attend to.
         feedback_noise: standard deviation of the Gaussian noise added to the fed-back signal in training.
-        solver: `sequential` is exact; `jacobi` solves the time axis by `solver_steps` parallel passes.
+        solver: of the time axis. `sequential` is exact; `jacobi` makes `solver_steps` passes over all positions in
+            parallel, and `gauss_seidel` over blocks of `solver_block_size` positions in turn, each reading what the
+            blocks before it made in the same pass; `newton` is for recurrences of single channels (`diagonal_gru`,
+            `min_gru`) without other feedback.
+        solver_tolerance: make no further pass once no position's signal changes by more than this, relative to the
+            largest signal (`None`: make all `solver_steps`); for `newton`, the residual to be reached.
         gradient_steps: back-propagate through the last so many steps only (`None`: all of them).
         supervision: loss on the `last` pass or on `all` of them.
-        halting: `fixed`, the given number of steps.
+        halting: `fixed`, all passes; `converged`, a position makes no further pass once the last one changed it by
+            less than `halting_threshold` (in evaluation); `learned`, it stops with a probability that is learned
+            (PonderNet, Banino et al. 2021, arXiv:2107.05407; in evaluation once it would rather have stopped than
+            not); `act`, it stops when its learned halting values sum up to 1, and reads the mean of its states
+            (Graves 2016, arXiv:1603.08983).
+        halting_measure: of `converged`: change of the `state`, relative to its length, or of the `prediction`, as the
+            Kullback-Leibler divergence between those of two passes, in nats.
+        halting_threshold: by default .05 of change for `converged`, .5 of probability for `learned`, .99 for `act`.
+        halting_prior: of `learned`: the probability to stop at each pass of the geometric prior.
+        halting_weight: how much the divergence from that prior (`learned`) or a pass (`act`) adds to the loss.
         share_encoder_decoder: the encoder's layers decode too.
     """
 
     model_type: ClassVar[str] = "feedback"
     sub_configs: ClassVar[dict] = {"backbone_config": AutoConfig}
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "hidden_states", "feedback_states"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "past_key_values",
+        "hidden_states",
+        "feedback_states",
+        "num_feedback_steps",
+    ]
     attribute_map: ClassVar[dict] = {"num_hidden_layers": "num_feedback_layers"}
 
     vocab_size: int = 32000
@@ -217,9 +238,15 @@ class FeedbackConfig(PreTrainedConfig):
     feedback_noise: float | int = 0.0
     solver: str = "sequential"
     solver_steps: int = 4
+    solver_block_size: int = 16
+    solver_tolerance: float | None = None
     gradient_steps: int | None = None
     supervision: str = "last"
     halting: str = "fixed"
+    halting_measure: str = "state"
+    halting_threshold: float | None = None
+    halting_prior: float = 0.2
+    halting_weight: float = 0.01
 
     tie_word_embeddings: bool = True
     share_encoder_decoder: bool = False
@@ -326,6 +353,7 @@ class FeedbackConfig(PreTrainedConfig):
             "feedback_interval",
             "num_feedback_steps",
             "solver_steps",
+            "solver_block_size",
             "conv_kernel_size",
             "patch_size",
             "image_size",
@@ -336,6 +364,11 @@ class FeedbackConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.gradient_steps is not None and self.gradient_steps < 1:
             raise ValueError(f"gradient_steps is {self.gradient_steps}; give at least 1, or None for all steps.")
+        for name in ("solver_tolerance", "halting_threshold"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0, or None.")
+        if not 0 < self.halting_prior < 1:
+            raise ValueError(f"halting_prior is {self.halting_prior}; it must be above 0 and below 1.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1.")
         self._check_combination()
@@ -351,8 +384,45 @@ class FeedbackConfig(PreTrainedConfig):
                 f"pad_token_id is {self.pad_token_id}; it must be at least 0 and below vocab_size, {self.vocab_size}.",
             ),
             (
-                self.solver == "jacobi" and self.feedback_axis == "depth",
-                "solver='jacobi' is for feedback_axis='time'; in depth it is the same as 'sequential': use that.",
+                self.solver != "sequential" and self.feedback_axis == "depth",
+                f"solver={self.solver!r} is for feedback_axis='time'; in depth use 'sequential', pass by pass.",
+            ),
+            (
+                self.solver == "newton"
+                and (self.feedback_type not in DIAGONAL_TYPES or self.feedback_signal != "none"),
+                "solver='newton' solves recurrences of single channels: it needs feedback_signal='none' and a "
+                f"feedback_type out of {', '.join(DIAGONAL_TYPES)}.",
+            ),
+            (
+                self.halting != "fixed"
+                and (self.feedback_signal == "none" or not self.in_passes or self.solver == "gauss_seidel"),
+                f"halting={self.halting!r} stops passes: it needs feedback to them, on feedback_axis='depth' or with "
+                "solver='jacobi'.",
+            ),
+            (
+                self.halting != "fixed" and self.feedback_axis == "time" and self.feedback_type in RECURRENT_TYPES,
+                f"halting={self.halting!r} can't stop a position that a recurrence along time goes through: use "
+                "feedback_axis='depth' or another feedback_type.",
+            ),
+            (
+                self.halting != "fixed" and self.is_causal and self.feedback_type == "conv",
+                f"halting={self.halting!r} does not go with causal convolutions in the loop: use "
+                "feedback_type='transformer', or 'mlp'.",
+            ),
+            (
+                self.halting != "fixed"
+                and self.is_causal
+                and self.decoder_type == "rnn"
+                and (self.feedback_signal == "output" or self.halting_measure == "prediction"),
+                f"halting={self.halting!r} with a decoder in the loop needs decoder_type='mlp' or 'transformer'.",
+            ),
+            (
+                self.halting == "learned" and (self.gradient_steps is not None or self.supervision != "last"),
+                "halting='learned' weighs the loss of every pass itself: use gradient_steps=None, supervision='last'.",
+            ),
+            (
+                self.halting == "act" and (self.gradient_steps is not None or self.supervision != "last"),
+                "halting='act' reads the mean of all passes: use gradient_steps=None and supervision='last'.",
             ),
             (
                 self.feedback_interval > 1 and self.feedback_axis == "depth",
@@ -411,6 +481,11 @@ class FeedbackConfig(PreTrainedConfig):
         for broken, sentence in rules:
             if broken:
                 raise ValueError(sentence)
+
+    @property
+    def in_passes(self) -> bool:
+        """Whether the loop makes passes over all positions, rather than going position by position."""
+        return self.feedback_axis == "depth" or self.solver in ("jacobi", "gauss_seidel")
 
     @property
     def num_patches(self) -> int:

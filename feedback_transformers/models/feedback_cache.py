@@ -47,6 +47,16 @@ class FeedbackCache(Cache):
         layer: Any = self.layers[index]
         return layer.keys, layer.values
 
+    def hold(self, before: Slot, slot: Slot, offset: int) -> None:
+        """Positions from column `offset` on look at `slot`, a step's, as they did at the step `before`."""
+        for known in [known for known in self.slots if known[: len(before)] == before]:
+            keys, values = self.keys_values(known) or (None, None)
+            if keys is not None:
+                index = self.index((*slot, *known[len(before) :]))
+                self.update(keys[:, :, offset:], values[:, :, offset:], index)
+        for known in [known for known in self.states if known[: len(before)] == before]:
+            self.states[(*slot, *known[len(before) :])] = self.states[known]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
 
@@ -111,17 +121,27 @@ class FeedbackCache(Cache):
 
 @dataclass
 class KeyValueSlots:
-    """What a borrowed layer sees as its cache: `update` goes to the slot (*slot, layer)."""
+    """What a borrowed layer sees as its cache: `update` goes to the slot (*slot, layer).
+
+    Where `running` [B, T] is False, a position stopped at an earlier step: others see it as it was then.
+    """
 
     cache: FeedbackCache
     slot: Slot
     shared: tuple[Tensor, Tensor] | None = None  # keys and values of a memory that all layers read
+    running: Tensor | None = None
 
     is_compileable = False
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.shared is not None:
             return torch.cat([self.shared[0], keys], dim=-2), torch.cat([self.shared[1], values], dim=-2)
+        if self.running is not None:
+            *part, step = self.slot
+            old_keys, old_values = self.cache.keys_values((*part, int(step) - 1, layer_idx)) or (keys, values)
+            running, length = self.running[:, None, :, None], keys.shape[2]
+            keys = torch.where(running, keys, old_keys[:, :, -length:])
+            values = torch.where(running, values, old_values[:, :, -length:])
         return self.cache.update(keys, values, self.cache.index((*self.slot, layer_idx)))
 
 
@@ -154,6 +174,7 @@ class Context:
     key_mask: Tensor | None = None  # [B, P + T], True where real; None where all are
     cache: FeedbackCache | None = None
     slot: Slot = ()
+    running: Tensor | None = None  # [B, T], False where a position stopped at an earlier step
     source: Tensor | None = None  # [B, S, D] the encoded source of a sequence-to-sequence model
     source_mask: Tensor | None = None  # [B, S]
     cross_attention: EncoderDecoderCache | None = None  # keys and values of the source, computed once a text

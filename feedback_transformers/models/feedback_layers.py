@@ -55,7 +55,7 @@ class TransformerStack(nn.Module):
                 setattr(module, "is_causal", causal)  # noqa: B010  (mypy takes every attribute of a Module for a Tensor)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        cache = None if context.cache is None else KeyValueSlots(context.cache, context.slot)
+        cache = None if context.cache is None else KeyValueSlots(context.cache, context.slot, running=context.running)
         return self.states(x, context, cache)[-1]
 
     def states(self, x: Tensor, context: Context, cache: KeyValueSlots | None) -> list[Tensor]:

@@ -9,8 +9,8 @@ Shapes: B batch, T positions, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,35 @@ from .configuration_feedback import RECURRENT_TYPES, FeedbackConfig
 from .feedback_cache import Context, FeedbackCache
 from .feedback_cells import State, make_cell
 from .feedback_connections import CONNECTIONS
+from .feedback_halting import HALTING, begin
 from .feedback_layers import CrossAttention, dropout
 
-Decode = Callable[[Tensor, Context], Tensor]  # h [B, T, D] -> y [B, T, D]
-EmbedOutput = Callable[[Tensor], Tensor]  # y [B, T, D] -> the prediction, embedded, [B, T, D]
+
+class Readout(NamedTuple):
+    """What the loop may ask of the decoder and the head."""
+
+    decode: Callable[[Tensor, Context], Tensor]  # h [B, T, D] -> y [B, T, D]
+    embed: Callable[[Tensor], Tensor]  # y -> the prediction made of it, embedded back, [B, T, D]
+    predict: Callable[[Tensor], Tensor]  # y -> its logits [B, T, V]
+
+
+@dataclass
+class Pass:
+    """What one pass leaves to the next."""
+
+    h: Tensor  # [B, T, D]
+    state: State  # of the cell, on the depth axis
+    y: Any = None  # [B, T, D], where something reads it
+    signal: Tensor | None = None  # [B, T, D] φ, at the positions that made it
+    shifted: Tensor | None = None  # [B, T, D] S·φ, at the positions that read it
 
 
 class LoopOutput(NamedTuple):
-    """Of each pass where every step was asked for, else of the last alone; position by position there is one."""
-
-    states: list[Tensor]  # h, each [B, T, D]
-    outputs: list[Tensor]  # y, each [B, T, D]
+    states: list[Tensor]  # h [B, T, D], of each pass where every step was asked for, else of the last alone
+    outputs: list[Tensor]  # y [B, T, D], likewise
+    num_steps: Tensor | None = None  # [B, T] passes that each position made, where they may stop before the last
+    probabilities: list[Tensor] | None = None  # [B, T] of stopping at each pass, in training with learned halting
+    halting_loss: Tensor | None = None  # []
 
 
 class FeedbackLoop(nn.Module):
@@ -39,25 +57,20 @@ class FeedbackLoop(nn.Module):
         self.connection = CONNECTIONS[config.feedback_connection](config)
         self.cell = make_cell(config)
         self.cross_attention = CrossAttention(config) if config.is_encoder_decoder else None
+        self.halting = None if config.halting == "fixed" else HALTING[config.halting](config)
         self.gradient_checkpointing = False
         self.num_steps: int | None = None  # set by training.SampleFeedbackSteps for the steps it trains
 
     def forward(
-        self,
-        e: Tensor,
-        context: Context,
-        decode: Decode,
-        embed_output: EmbedOutput,
-        num_steps: int | None = None,
-        every_step: bool = False,
+        self, e: Tensor, context: Context, readout: Readout, num_steps: int | None = None, every_step: bool = False
     ) -> LoopOutput:
         passes = self.num_passes(num_steps)
         if passes is None:
-            return self.over_positions(e, context, decode, embed_output)
-        return self.over_passes(e, context, decode, embed_output, passes, every_step)
+            return self.over_positions(e, context, readout)
+        return self.over_passes(e, context, readout, passes, every_step)
 
     def num_passes(self, num_steps: int | None = None) -> int | None:
-        """How many passes a call makes; None where it goes position by position."""
+        """How many passes a call makes at most; None where it goes position by position."""
         config, num_steps = self.config, self.num_steps if num_steps is None else num_steps
         if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
             raise ValueError(f"num_feedback_steps is {num_steps!r}; it must be a whole number of at least 1.")
@@ -65,7 +78,7 @@ class FeedbackLoop(nn.Module):
             return 1  # nothing is fed back: every pass would be the same
         if config.feedback_axis == "depth":
             return num_steps or config.num_feedback_steps
-        if config.solver == "jacobi" and config.feedback_signal != "none":
+        if config.in_passes and config.feedback_signal != "none":
             return num_steps or config.solver_steps
         if num_steps is not None and config.feedback_signal != "none":
             raise ValueError(
@@ -86,42 +99,104 @@ class FeedbackLoop(nn.Module):
         x = dropout(self.connection(e, signal), self.config.dropout, self.training)
         return x if self.cross_attention is None else self.cross_attention(x, context)
 
-    def one_pass(
-        self, e: Tensor, signal: Tensor | None, state: State, context: Context, step: int
+    def step(
+        self, e: Tensor, signal: Tensor | None, state: State, context: Context, number: int
     ) -> tuple[Tensor, State]:
+        """f(c(e, φ), h') at all positions given, [B, T, D]."""
         x = self.connect(e, signal, context)
         if self.config.feedback_axis == "depth":
-            return self.cell.step(x, state, context.at("cell", step))
-        return self.cell(x, context.at("cell", step)), None
+            return self.cell.step(x, state, context.at("cell", number))
+        return self.cell(x, context.at("cell", number)), None
 
     # Depth, and time in parallel
 
-    def over_passes(
-        self, e: Tensor, context: Context, decode: Decode, embed_output: EmbedOutput, passes: int, every_step: bool
-    ) -> LoopOutput:
-        """All positions at once, `passes` times: exact in depth, Jacobi's iteration in time."""
+    def over_passes(self, e: Tensor, context: Context, readout: Readout, passes: int, every_step: bool) -> LoopOutput:
+        """All positions, at most `passes` times: exact in depth; in time Jacobi's iteration or Gauss and Seidel's."""
         config, grad = self.config, torch.is_grad_enabled()
         if grad:  # keys kept from a pass without gradient, or within a checkpoint, would lose it
             context = replace(context, cross_attention=None)
+        stops = self.halting is not None and (self.halting.in_training or not self.training)
+        if stops and self.gradient_checkpointing and self.training:
+            raise ValueError("halting='act' can't be trained with gradient checkpointing: disable one of them.")
+        if context.cache is None and config.is_causal and (stops or config.solver == "gauss_seidel"):
+            context = replace(context, cache=FeedbackCache())  # of this call
+        progress = None if self.halting is None else begin(e, context.mask)
+        every_step = every_step or (config.halting == "learned" and self.training)  # it weighs their losses
         first = passes - (config.gradient_steps or passes)
-        signal, state, y = None, None, None
-        outputs: list[Tensor] = []
-        states: list[Tensor] = []
-        for step in range(passes):
-            last = step == passes - 1
-            with torch.set_grad_enabled(grad and step >= first):
-                h, state = self.checkpoint(self.one_pass, e, signal, state, context, step)
-                if last or every_step or config.feedback_signal == "output":
-                    y = decode(h, context.at("decoder", "last" if last else step))
-                    if last or every_step:
-                        states.append(h)
-                        outputs.append(y)
-                if config.feedback_signal == "none" or (last and config.feedback_axis == "depth"):
-                    continue  # no later pass or call reads it
-                signal = h if config.feedback_signal != "output" or y is None else embed_output(y)
-                if config.feedback_axis == "time":
-                    signal = self.previous(signal, context.at("signal", step))
-        return LoopOutput(states, outputs)
+        resume = first if grad and first else passes  # after convergence: a truncated gradient wants its passes
+        made: list[Pass] = []
+        number, steps = 0, 0
+        while number < passes:
+            before = made[-1] if made else None
+            last = number == passes - 1
+            here = replace(context, running=progress.running) if stops and before is not None else context
+            with torch.set_grad_enabled(grad and number >= first):
+                now = self.one_pass(e, before, here, readout, number, every_step, last)
+                if progress is not None:
+                    progress.num_steps = progress.num_steps + progress.running
+                    logits = readout.predict(now.y) if self.halting.reads_prediction else None
+                    self.halting(progress, now.h, None if before is None else before.h, logits, last)
+            made = [*made, now] if every_step else [now]
+            number, steps = number + 1, steps + 1
+            done = (stops and not progress.running.any()) or self.settled(before, now, context)
+            if done and number < resume:
+                self.skip(now, context, number, resume)
+                number = resume
+        h = made[-1].h if progress is None or progress.mean is None else progress.mean
+        y = readout.decode(h, context.at("decoder", "last"))
+        states, outputs = [*(p.h for p in made[:-1]), h], [*(p.y for p in made[:-1]), y]
+        if progress is None:
+            fixed = config.solver_tolerance is None
+            return LoopOutput(states, outputs, None if fixed else torch.full_like(context.position_ids, steps))
+        loss = self.halting.loss(progress, context.mask)
+        return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss)
+
+    def one_pass(
+        self, e: Tensor, before: Pass | None, context: Context, readout: Readout, number: int, wanted: bool, last: bool
+    ) -> Pass:
+        """The pass after `before`; `wanted` where its y is asked for."""
+        config, by_output = self.config, self.config.feedback_signal == "output"
+        shifted, state = (None, None) if before is None else (before.shifted, before.state)
+        in_blocks = config.solver == "gauss_seidel"
+        if in_blocks:
+            h, y, _ = self.sweep(e, shifted, context, readout, number, config.solver_block_size)
+        else:
+            h, state = self.checkpoint(self.step, e, shifted, state, context, number)
+            y = None
+        if context.running is not None and before is not None:
+            h = torch.where(context.running[..., None], h, before.h)
+        reads_prediction = self.halting is not None and self.halting.reads_prediction
+        if y is None and (reads_prediction or (not last and (wanted or by_output))):
+            y = readout.decode(h, context.at("decoder", number))
+        now = Pass(h, state, y)
+        if config.feedback_signal == "none" or (last and not in_blocks):
+            return now  # no later pass or call reads its signal
+        now.signal = now.shifted = readout.embed(y) if by_output else h
+        if config.feedback_axis == "time":
+            now.shifted = self.previous(now.signal, context.at("signal", number))
+        return now
+
+    def settled(self, before: Pass | None, now: Pass, context: Context) -> bool:
+        """Whether the last pass changed no signal by more than the tolerance."""
+        tolerance = self.config.solver_tolerance
+        if tolerance is None or self.config.feedback_axis == "depth" or now.signal is None:
+            return False
+        if before is None:
+            return False
+        change, size = (now.signal - before.signal).detach().abs(), now.signal.detach().abs()
+        if context.mask is not None:
+            change, size = change * context.mask[..., None], size * context.mask[..., None]
+        return bool(change.max() <= tolerance * size.max())
+
+    def skip(self, now: Pass, context: Context, start: int, stop: int) -> None:
+        """Leaves in the cache what the passes from `start` to `stop` would, which change nothing any more."""
+        if context.cache is None:
+            return
+        for number in range(start, stop):
+            for part in ("cell", "decoder"):
+                context.cache.hold(context.at(part, number - 1).slot, context.at(part, number).slot, context.offset)
+            if self.config.feedback_axis == "time" and now.signal is not None:
+                self.previous(now.signal, context.at("signal", number))
 
     def checkpoint(self, function: Callable, *args: object) -> tuple[Tensor, State]:
         """Recomputes a pass in the backward, so that only its input is kept."""
@@ -144,50 +219,70 @@ class FeedbackLoop(nn.Module):
         context.keep((known[:, -1],))
         return known[:, :-1]
 
-    # Time, position by position
+    # Time, block by block
 
-    def over_positions(self, e: Tensor, context: Context, decode: Decode, embed_output: EmbedOutput) -> LoopOutput:
-        """A chunk of `feedback_interval` positions after the other: exact, and what decoding does."""
+    def over_positions(self, e: Tensor, context: Context, readout: Readout) -> LoopOutput:
+        """Position by position, or chunk by chunk of `feedback_interval`: exact, and what decoding does."""
         if context.cache is None:  # the cell's memory of this call
             context = replace(context, cache=FeedbackCache())
-        feeds = self.config.feedback_signal != "none"
-        here = context.at("signal")
-        state = here.state()
-        held = torch.zeros_like(e[:, 0]) if state is None else state[0].to(e.dtype)
-        states, outputs = [], []
-        for start, stop in self.chunks(context):
-            if self.config.gradient_steps and start and start % self.config.gradient_steps == 0:
-                held = held.detach()
-                context.cache.detach()
-            span = context.span(start, stop)
-            h, _ = self.one_pass(e[:, start:stop], held[:, None].expand(-1, stop - start, -1), None, span, 0)
-            states.append(h)
-            signal = h
-            if self.config.feedback_signal == "output":
-                outputs.append(decode(h, span.at("decoder", "last")))
-                signal = embed_output(outputs[-1])
-            if feeds:
-                held = torch.where(self.ends_chunk(context, stop)[:, None], signal[:, -1], held)
-        if feeds:
-            here.keep((held,))
-        h = torch.cat(states, dim=1)
-        y = torch.cat(outputs, dim=1) if outputs else decode(h, context.at("decoder", "last"))
-        return LoopOutput([h], [y])
-
-    def chunks(self, context: Context) -> list[tuple[int, int]]:
-        """The spans of positions that no row's feedback changes within."""
-        length = context.position_ids.shape[1]
-        bounds = {0, length}
+        h, y, held = self.sweep(e, None, context, readout, 0, self.config.feedback_interval)
         if self.config.feedback_signal != "none":
-            interval = self.config.feedback_interval
-            offsets = {0} if interval == 1 else set((-context.count % interval).tolist())
-            bounds.update(start for offset in offsets for start in range(offset, length, interval))
-        if self.config.gradient_steps and torch.is_grad_enabled():
-            bounds.update(range(0, length, self.config.gradient_steps))
+            context.at("signal", 0).keep((held,))
+        return LoopOutput([h], [readout.decode(h, context.at("decoder", "last")) if y is None else y])
+
+    def sweep(
+        self, e: Tensor, shifted: Tensor | None, context: Context, readout: Readout, number: int, block: int
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Blocks of positions in turn, each reading the signal of the blocks before it, and within itself `shifted`,
+        that of the pass before. h [B, T, D], y [B, T, D] where it is fed back, and the last signal [B, D]."""
+        config, (batch, _, size) = self.config, e.shape
+        interval, feeds = config.feedback_interval, config.feedback_signal != "none"
+        by_output = config.feedback_signal == "output"
+        in_passes = config.in_passes
+        decoder_slot = number if in_passes else "last"
+        truncate = config.gradient_steps if torch.is_grad_enabled() and not in_passes else None
+        kept = context.at("signal", number).state()
+        held = e.new_zeros(batch, size) if kept is None else kept[0].to(e.dtype)  # of the last finished chunk
+        given = held  # of the last chunk finished before this block
+        states: list[Tensor] = []
+        outputs: list[Tensor] = []
+        for start, stop in self.spans(context, block if feeds else None, truncate):
+            if truncate and start and start % truncate == 0:
+                held, given = held.detach(), given.detach()
+                context.cache.detach()
+            span, signal = context.span(start, stop), None
+            if feeds:
+                counts = context.count[:, None] + torch.arange(start, stop, device=e.device)
+                given = torch.where(counts[:, :1] % block == 0, held, given)
+                signal = given[:, None].expand(-1, stop - start, -1)
+                if block > interval:
+                    old = torch.zeros_like(signal) if shifted is None else shifted[:, start:stop]
+                    signal = torch.where((counts % interval >= counts % block)[..., None], signal, old)
+            h, _ = self.step(e[:, start:stop], signal, None, span, number)
+            states.append(h)
+            if by_output:
+                outputs.append(readout.decode(h, span.at("decoder", decoder_slot)))
+                h = readout.embed(outputs[-1])
+            if feeds:
+                held = self.last_of_chunk(h, held, context, start, stop)
+        return torch.cat(states, dim=1), torch.cat(outputs, dim=1) if outputs else None, held
+
+    def spans(self, context: Context, block: int | None, truncate: int | None) -> list[tuple[int, int]]:
+        """The columns between which no row has the beginning of a block, nor the gradient its end."""
+        length = context.position_ids.shape[1]
+        bounds = {0, length, *range(0, length, truncate or length)}
+        if block is not None:
+            offsets = {0} if block == 1 else set((-context.count % block).tolist())
+            bounds.update(start for offset in offsets for start in range(offset, length, block))
         starts = sorted(bounds)
         return list(zip(starts, starts[1:], strict=False))
 
-    def ends_chunk(self, context: Context, stop: int) -> Tensor:
-        """[B] whether the real position before column `stop` is the last of its chunk."""
-        ends = (context.count + stop) % self.config.feedback_interval == 0
-        return ends if context.lengths is None else ends & (stop <= context.lengths)
+    def last_of_chunk(self, signal: Tensor, held: Tensor, context: Context, start: int, stop: int) -> Tensor:
+        """Of `signal` [B, stop - start, D]: that of the last chunk finished before `stop`, else `held` [B, D]."""
+        interval = self.config.feedback_interval
+        if interval == 1 and context.lengths is None:
+            return signal[:, -1]
+        real = torch.full_like(context.count, stop) if context.lengths is None else context.lengths.clamp(max=stop)
+        end = real - (context.count + real) % interval
+        rows = torch.arange(len(signal), device=signal.device)
+        return torch.where((end > start)[:, None], signal[rows, (end - 1 - start).clamp(min=0)], held)

@@ -24,7 +24,7 @@ from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
-from .feedback_loop import EmbedOutput, FeedbackLoop
+from .feedback_loop import FeedbackLoop, Readout
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
     from .modeling_feedback_image import FeedbackForImageClassification  # noqa: F401
@@ -45,12 +45,18 @@ class FeedbackModelOutput(ModelOutput):
             `output_hidden_states=True`.
         feedback_states: y after every pass, K of [B, T, D], with `output_feedback_states=True`. Position by position
             there is one pass, and its trajectory is last_hidden_state itself.
+        num_feedback_steps: [B, T] passes that each position made, where `halting` or `solver_tolerance` may stop it.
+        halting_probabilities: K of [B, T], of stopping after each pass, in training with learned halting.
+        halting_loss: [] what learned halting adds to the loss, before its weight.
     """
 
     last_hidden_state: Any = None
     past_key_values: FeedbackCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
+    num_feedback_steps: Tensor | None = None
+    halting_probabilities: tuple[Tensor, ...] | None = None
+    halting_loss: Tensor | None = None
 
 
 class FeedbackPreTrainedModel(PreTrainedModel):
@@ -159,6 +165,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
             )
         return (y @ table.t()).softmax(-1) @ table
 
+    def predict(self, y: Tensor) -> Tensor:
+        """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
+        if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
+            raise ValueError("halting_measure='prediction' compares a head's predictions: use a FeedbackFor... class.")
+        return nn.functional.linear(y, cast(Tensor, self.get_input_embeddings().weight))
+
     @can_return_tuple
     def forward(
         self,
@@ -172,6 +184,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         embed_output: Callable[..., Tensor] | None = None,
+        predict: Callable[[Tensor], Tensor] | None = None,
         num_feedback_steps: int | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -185,6 +198,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
             num_feedback_steps: passes of this call instead of the config's (depth axis, or the jacobi solver).
             embed_output: a head's map from y and E (see token_table) to its prediction, embedded.
+            predict: a head's map from y to its logits.
         """
         given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
         if len(given) != 1:
@@ -206,8 +220,9 @@ class FeedbackModel(FeedbackPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         every_step = bool(output_feedback_states or output_hidden_states)
         self.check_steps(cache, num_feedback_steps, every_step)
-        embed: EmbedOutput = partial(embed_output or self.embed_output, table=self.token_table(embedded.device))
-        looped = self.loop(e, context, self.decode, embed, num_feedback_steps, every_step)
+        embed = partial(embed_output or self.embed_output, table=self.token_table(embedded.device))
+        readout = Readout(self.decode, embed, predict or self.predict)
+        looped = self.loop(e, context, readout, num_feedback_steps, every_step)
         if cache is not None:
             cache.advance(context, keep_mask=self.config.has_attention)
 
@@ -219,7 +234,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
             last_hidden_state=outputs[-1],
             past_key_values=cache,
             hidden_states=hidden,
-            feedback_states=outputs if every_step else None,
+            feedback_states=outputs if len(outputs) > 1 or every_step else None,
+            num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order),
+            halting_probabilities=looped.probabilities and tuple(scatter(p, order) for p in looped.probabilities),
+            halting_loss=looped.halting_loss,
         )
 
     def make_cache(self, cache: FeedbackCache | None, use_cache: bool | None) -> FeedbackCache | None:
@@ -305,4 +323,7 @@ def gather(x: Tensor, order: Tensor | None) -> Tensor:
 
 
 def scatter(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else torch.empty_like(x).scatter(1, order[..., None].expand_as(x), x)
+    """[B, T] or [B, T, D], back to the order in which the positions were given."""
+    if order is None:
+        return x
+    return torch.empty_like(x).scatter(1, order if x.ndim == 2 else order[..., None].expand_as(x), x)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
@@ -28,6 +29,7 @@ class FeedbackOutput(ModelOutput):
     past_key_values: FeedbackCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
+    num_feedback_steps: Tensor | None = None
 
 
 class FeedbackHead(FeedbackPreTrainedModel):
@@ -51,6 +53,10 @@ class FeedbackHead(FeedbackPreTrainedModel):
             return None
         return nn.Linear(size, self.config.hidden_size, bias=False)
 
+    def predict(self, y: Tensor) -> Tensor:
+        """y [B, T, D] -> logits [B, T, V]"""
+        raise NotImplementedError
+
     def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
         """y [B, T, D] -> the prediction made of it, embedded back, [B, T, D]; `table` E [V, D] embeds tokens."""
         raise NotImplementedError
@@ -60,14 +66,35 @@ class FeedbackHead(FeedbackPreTrainedModel):
         loss will be taken, which may be at every step."""
         if supervised and self.config.supervision == "all":
             inputs["output_feedback_states"] = True
-        return self.model(**inputs, embed_output=self.embed_output, return_dict=True)
+        return self.model(**inputs, embed_output=self.embed_output, predict=self.predict, return_dict=True)
 
-    def mean_loss(self, loss: Callable[[Tensor], Tensor], outputs: FeedbackModelOutput) -> Tensor:
-        """The mean of loss(y) over the supervised steps: the last one, or all that carry a gradient."""
-        supervised: tuple[Tensor, ...] = (outputs.last_hidden_state,)
-        if self.config.supervision == "all" and outputs.feedback_states is not None:
-            supervised = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
-        return torch.stack([loss(y) for y in supervised]).mean()
+    def mean_loss(
+        self,
+        loss: Callable[[Tensor], Tensor],
+        outputs: FeedbackModelOutput,
+        losses: Callable[[Tensor, Tensor], Tensor] | None = None,
+        share: Tensor | float = 1.0,
+    ) -> Tensor:
+        """The mean of loss(y) over the supervised steps: the last one, or all that carry a gradient.
+
+        With learned halting in training, the sum over the steps of losses(y, p), which weighs what it sums by the
+        probability p [B, T] to stop there. `share`: of this call in the batch that the loss is a mean over.
+        """
+        if outputs.halting_probabilities is not None:
+            if losses is None:
+                raise ValueError(
+                    f"{type(self).__name__} can't be trained with halting='learned': use another halting."
+                )
+            steps = zip(outputs.feedback_states or (), outputs.halting_probabilities, strict=True)
+            total = torch.stack([losses(y, p) for y, p in steps]).sum()
+        else:
+            supervised: tuple[Tensor, ...] = (outputs.last_hidden_state,)
+            if self.config.supervision == "all" and outputs.feedback_states is not None:
+                supervised = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
+            total = torch.stack([loss(y) for y in supervised]).mean()
+        if outputs.halting_loss is not None:
+            total = total + self.config.halting_weight * share * outputs.halting_loss
+        return total
 
 
 class FeedbackGenerationMixin(GenerationMixin):
@@ -93,6 +120,9 @@ class FeedbackLMHead(FeedbackHead):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def predict(self, y: Tensor) -> Tensor:
+        return self.lm_head(y)
+
     def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
         """softmax(logits) E"""
         return self.lm_head(y).softmax(-1) @ table
@@ -110,14 +140,36 @@ class FeedbackLMHead(FeedbackHead):
                 y_logits = logits if y is outputs.last_hidden_state else self.lm_head(y[:, keep])
                 return self.loss_function(logits=y_logits, labels=labels, vocab_size=size, **kwargs)
 
-            loss = self.mean_loss(step_loss, outputs)
+            def weighted(y: Tensor, p: Tensor) -> Tensor:
+                return token_loss(self.lm_head(y), p, labels, **kwargs)
+
+            total = kwargs.get("num_items_in_batch")
+            share = 1.0 if total is None else (labels != -100).sum() / total
+            loss = self.mean_loss(step_loss, outputs, weighted, share)
         return FeedbackOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
+            num_feedback_steps=outputs.num_feedback_steps,
         )
+
+
+def token_loss(
+    logits: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' ForCausalLMLoss of logits [B, T, V], each position weighted by weight [B, T]."""
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), shift_labels, reduction="none")
+    total = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return (losses * weight).sum() / total
 
 
 class FeedbackClassifier(FeedbackHead):
@@ -134,6 +186,9 @@ class FeedbackClassifier(FeedbackHead):
 
     def num_outputs(self, config: FeedbackConfig) -> int:
         return len(cast(dict, config.id2label))
+
+    def predict(self, y: Tensor) -> Tensor:
+        return self.classifier(y)
 
     def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
         """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""
@@ -160,10 +215,20 @@ class FeedbackClassifier(FeedbackHead):
 
         loss = None
         if labels is not None:
-            loss = self.mean_loss(lambda y: self.loss_function(labels, pooled_logits(y).float(), self.config), outputs)
+
+            def weighted(y: Tensor, p: Tensor) -> Tensor:
+                if self.config.problem_type not in (None, "single_label_classification") or self.num_labels == 1:
+                    raise ValueError("halting='learned' needs a single-label problem: use 'act'.")
+                losses = F.cross_entropy(pooled_logits(y).float(), labels, reduction="none")
+                return (losses * self.pool(p[..., None], mask).squeeze(-1)).mean()
+
+            loss = self.mean_loss(
+                lambda y: self.loss_function(labels, pooled_logits(y).float(), self.config), outputs, weighted
+            )
         return FeedbackOutput(
             loss=loss,
             logits=pooled_logits(outputs.last_hidden_state),
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
+            num_feedback_steps=outputs.num_feedback_steps,
         )

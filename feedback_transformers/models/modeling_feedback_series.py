@@ -40,6 +40,9 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         self.feedback = self.way_back(config.num_channels)
         self.post_init()
 
+    def predict(self, y: Tensor) -> Tensor:
+        raise ValueError("halting_measure='prediction' compares classes, and a series has none: use 'state'.")
+
     def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
         return self.feedback(self.readout(y))
 

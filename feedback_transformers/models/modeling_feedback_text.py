@@ -13,7 +13,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
-from .modeling_feedback_heads import FeedbackClassifier, FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
+from .modeling_feedback_heads import (
+    FeedbackClassifier,
+    FeedbackGenerationMixin,
+    FeedbackLMHead,
+    FeedbackOutput,
+    token_loss,
+)
 
 
 class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
@@ -118,13 +124,16 @@ class FeedbackForTokenClassification(FeedbackClassifier):
         loss = None
         if labels is not None:
             loss = self.mean_loss(
-                lambda y: self.loss_function(self.classifier(y), labels, self.config, **kwargs), outputs
+                lambda y: self.loss_function(self.classifier(y), labels, self.config, **kwargs),
+                outputs,
+                lambda y, p: token_loss(self.classifier(y), p, labels, shift_labels=labels, **kwargs),
             )
         return FeedbackOutput(
             loss=loss,
             logits=self.classifier(outputs.last_hidden_state),
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
+            num_feedback_steps=outputs.num_feedback_steps,
         )
 
 

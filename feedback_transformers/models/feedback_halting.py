@@ -1,0 +1,148 @@
+"""HALTING: when a position has made enough passes.
+
+A position that stopped keeps its state, and in a causal model looks to later positions as it did at its last pass.
+
+Shapes: B batch, T positions, D hidden size, V predicted classes, K passes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_feedback import FeedbackConfig
+
+
+@dataclass
+class Progress:
+    """How far the positions of a call are."""
+
+    running: Tensor  # [B, T] bool, False once stopped, and for padding
+    num_steps: Tensor  # [B, T] passes made
+    spent: Tensor  # [B, T] probability of having stopped by now, where that is learned
+    probabilities: list[Tensor] = field(default_factory=list)  # [B, T] each, of stopping at this pass, in training
+    mean: Tensor | None = None  # [B, T, D] what is read in place of the last state
+    left_over: Tensor | float = 0.0  # [B, T] what the last pass of a position was cut to
+    log_p: Tensor | None = None  # [B, T, V] the last prediction
+
+
+class ConvergedHalting(nn.Module):
+    """Stops a position when its last pass changed little: |h_k - h_{k-1}| <= threshold |h_{k-1}| as in Geiping et al.
+    2025 (arXiv:2502.05171), or KL(p_k | p_{k-1}) <= threshold. Training makes all passes."""
+
+    threshold = 0.05
+    in_training = False  # whether positions stop in training too
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.threshold = config.halting_threshold or self.threshold
+        self.reads_prediction = config.halting_measure == "prediction"
+
+    def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
+        """Notes the pass that made h [B, T, D] of `before`, and predicts `logits` [B, T, V]."""
+        if self.training:
+            return
+        if logits is not None:
+            old, progress.log_p = progress.log_p, logits.float().log_softmax(-1)
+            if old is not None:
+                change = (progress.log_p.exp() * (progress.log_p - old)).sum(-1)
+                progress.running = progress.running & (change > self.threshold)
+        elif before is not None:
+            change = (h - before).float().norm(dim=-1)
+            progress.running = progress.running & (change > self.threshold * before.float().norm(dim=-1))
+
+    def loss(self, progress: Progress, mask: Tensor | None) -> Tensor | None:
+        return None
+
+
+class LearnedHalting(nn.Module):
+    """PonderNet, Banino et al. 2021 (arXiv:2107.05407): a position stops at pass k with probability
+
+    p_k = λ_k Π_{j<k} (1 - λ_j)    λ_k = σ(w h_k + b)    L = Σ_k p_k L_k + β KL(p | geometric prior)
+
+    Training makes all passes; evaluation, where the paper draws, stops when p_1 + ... + p_k reaches the threshold.
+    """
+
+    threshold = 0.5
+    in_training = False
+    reads_prediction = False
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.threshold = config.halting_threshold or self.threshold
+        self.prior = config.halting_prior
+        self.halt_proj = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
+        left = 1 - progress.spent
+        p = left if last else left * self.halt_proj(h).squeeze(-1).float().sigmoid()
+        progress.spent = progress.spent + p
+        if self.training:
+            progress.probabilities.append(p)
+        else:
+            progress.running = progress.running & (progress.spent < self.threshold)
+
+    def loss(self, progress: Progress, mask: Tensor | None) -> Tensor | None:
+        """Mean divergence from the prior, cut off at K passes, over the real positions."""
+        if not self.training:
+            return None
+        p = torch.stack(progress.probabilities)
+        passes = torch.arange(len(p), device=p.device)
+        prior = (self.prior * (1 - self.prior) ** passes).float()
+        log_prior = (prior / prior.sum()).log()[:, None, None]
+        return _mean((torch.xlogy(p, p) - p * log_prior).sum(dim=0), mask)
+
+
+class AdaptiveHalting(nn.Module):
+    """Adaptive computation time, Graves 2016 (arXiv:1603.08983): a position stops when its λ_k sum up to the
+    threshold, the last one cut to what is left to 1, and reads Σ_k λ_k h_k. The loss has its passes, and what was left
+    for the last one, added."""
+
+    threshold = 0.99
+    in_training = True
+    reads_prediction = False
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.threshold = config.halting_threshold or self.threshold
+        self.halt_proj = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
+        left = 1 - progress.spent
+        p = self.halt_proj(h).squeeze(-1).float().sigmoid()
+        ends = left - p <= 1 - self.threshold
+        if last:
+            ends = torch.ones_like(ends)
+        p = torch.where(ends, left, p) * progress.running
+        weighted = p[..., None].to(h.dtype) * h
+        progress.mean = weighted if progress.mean is None else progress.mean + weighted
+        progress.left_over = progress.left_over + torch.where(ends, p, 0.0)
+        progress.spent = progress.spent + p
+        progress.running = progress.running & ~ends
+
+    def loss(self, progress: Progress, mask: Tensor | None) -> Tensor | None:
+        """Mean of passes + what was left, over the real positions; only the latter has a gradient."""
+        if not self.training:
+            return None
+        return _mean(progress.num_steps + progress.left_over, mask)
+
+
+def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Of [B, T], over the real positions."""
+    return x.mean() if mask is None else (x * mask).sum() / mask.sum()
+
+
+HALTING: dict[str, type[nn.Module]] = {
+    "converged": ConvergedHalting,
+    "learned": LearnedHalting,
+    "act": AdaptiveHalting,
+}
+
+
+def begin(e: Tensor, mask: Tensor | None) -> Progress:
+    """Of a call with inputs e [B, T, D], mask [B, T]."""
+    zeros = e.new_zeros(e.shape[:2], dtype=torch.float32)
+    running = torch.ones_like(zeros, dtype=torch.bool) if mask is None else mask.clone()
+    return Progress(running, zeros.long(), zeros)

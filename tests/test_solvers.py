@@ -1,0 +1,268 @@
+"""Solvers of the time axis against the sequential one, and halting against its formulas."""
+
+import pytest
+import torch
+from conftest import assert_close, build, each_cell, pad, tokens
+from torch.nn import functional as F
+
+from feedback_transformers import FeedbackForSequenceClassification
+from feedback_transformers.models.configuration_feedback import RECURRENT_TYPES
+
+TIME = {"feedback_axis": "time"}
+BLOCKS = {**TIME, "solver": "gauss_seidel"}
+
+
+def with_weights_of(other, **fields):
+    model = build(type(other), **fields)
+    model.load_state_dict(other.state_dict())
+    return model
+
+
+def gradients(model, batch, **arguments):
+    model.zero_grad()
+    model(batch, labels=batch, **arguments).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_agree(actual, expected, batch) -> None:
+    """Logits and all gradients to 1e-5."""
+    assert_close(actual(batch).logits, expected(batch).logits, 1e-5)
+    theirs = gradients(expected, batch)
+    for name, gradient in gradients(actual, batch).items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@each_cell
+@pytest.mark.parametrize("signal", ["state", "output"])
+@pytest.mark.parametrize(("interval", "block"), [(1, 1), (1, 4), (2, 4), (3, 4), (4, 2), (1, 64)])
+def test_gauss_seidel_equals_sequential(cell, signal, interval, block):
+    """A block needs as many passes as it has chunks, and the blocks before it those as well: blocks of one
+    position need a single pass, one block of all positions is Jacobi's iteration."""
+    fields = {"feedback_type": cell, "feedback_signal": signal, "feedback_interval": interval}
+    sequential, batch = build(**TIME, **fields), tokens(2, 9)
+    passes = 1 if block == 1 else 9
+    blocks = with_weights_of(sequential, **BLOCKS, solver_block_size=block, solver_steps=passes, **fields)
+    assert_agree(blocks, sequential, batch)
+
+
+@each_cell
+def test_gauss_seidel_needs_fewer_passes(cell):
+    """Blocks of 4 positions are exact after 4 passes, where one block of 12 still is not."""
+    sequential, batch = build(**TIME, feedback_type=cell), tokens(2, 12)
+    expected = sequential(batch).logits
+    blocks = with_weights_of(sequential, **BLOCKS, solver_block_size=4, solver_steps=4, feedback_type=cell)
+    jacobi = with_weights_of(sequential, **TIME, solver="jacobi", solver_steps=4, feedback_type=cell)
+    first = slice(0, 4)
+    assert_close(blocks(batch).logits[:, first], expected[:, first], 1e-5)
+    error = (blocks(batch).logits - expected).abs().max()
+    assert error < (jacobi(batch).logits - expected).abs().max()
+
+
+@each_cell
+@pytest.mark.parametrize("solver", ["jacobi", "gauss_seidel"])
+def test_tolerance_stops_the_passes(cell, solver):
+    """At a tolerance the result is the sequential one, after fewer passes than allowed, and their number is told."""
+    fields = {**TIME, "feedback_type": cell, "initializer_range": 0.05}
+    sequential, batch = build(**fields), tokens(2, 24)
+    fields |= {"solver": solver, "solver_block_size": 6, "solver_steps": 60}
+    solved = with_weights_of(sequential, solver_tolerance=1e-7, **fields)
+    assert_agree(solved, sequential, batch)
+    exact = solved(batch).num_feedback_steps
+    rough = with_weights_of(sequential, solver_tolerance=1e-2, **fields)(batch).num_feedback_steps
+    assert exact.shape == rough.shape == batch.shape
+    assert exact.unique().numel() == rough.unique().numel() == 1
+    assert 1 < rough[0, 0] < exact[0, 0] < 60
+
+
+def test_truncated_gradient_after_convergence():
+    """The passes with a gradient are made although the passes without had converged."""
+    fields = {**TIME, "solver": "jacobi", "solver_steps": 40, "gradient_steps": 3}
+    plain, batch = build(**fields), tokens(2, 12)
+    early = with_weights_of(plain, solver_tolerance=1e-6, **fields)
+    assert early(batch, use_cache=False).num_feedback_steps.max() < 40
+    expected = gradients(plain, batch)
+    for name, gradient in gradients(early, batch).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3)
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-2
+
+
+# Halting
+
+CONVERGED = {"halting": "converged", "num_feedback_steps": 6}
+HALTING_CELLS = pytest.mark.parametrize("cell", ["mlp", "transformer", *RECURRENT_TYPES])
+
+
+@HALTING_CELLS
+@pytest.mark.parametrize("measure", ["state", "prediction"])
+def test_converged_stops_where_little_changes(cell, measure):
+    """Positions stop after different numbers of passes, as the trajectory of a model without attention says."""
+    fields = {"feedback_type": cell, "encoder_type": "cnn", "num_decoder_layers": 0, **CONVERGED}
+    full, batch = build(feedback_type=cell, encoder_type="cnn", num_decoder_layers=0, num_feedback_steps=6), tokens()
+    outputs = full(batch, output_hidden_states=True, output_feedback_states=True)
+    h = outputs.hidden_states[2:-1]
+    if measure == "state":
+        changes = [(b - a).norm(dim=-1) / a.norm(dim=-1) for a, b in zip(h, h[1:], strict=False)]
+    else:
+        log_p = [full.lm_head(y).log_softmax(-1) for y in outputs.feedback_states]
+        changes = [
+            F.kl_div(a, b, log_target=True, reduction="none").sum(-1) for a, b in zip(log_p, log_p[1:], strict=False)
+        ]
+    changes = torch.stack(changes)
+    threshold = changes[1].median().item()
+    model = with_weights_of(full, halting_threshold=threshold, halting_measure=measure, **fields)
+    halted = model(batch)
+    steps = halted.num_feedback_steps
+    assert steps.min() < steps.max() <= 6
+    if cell == "transformer":
+        return  # other positions' keys have stopped too, so the trajectory is another one
+    small = torch.cat([changes <= threshold, torch.ones(1, *batch.shape, dtype=torch.bool)])
+    expected = small.long().argmax(dim=0) + 2
+    assert torch.equal(steps, expected.clamp(max=6))
+    stopped_at = torch.stack(outputs.feedback_states).gather(0, (steps - 1)[None, ..., None].expand(1, *h[0].shape))
+    assert_close(halted.logits, model.lm_head(stopped_at[0]), 1e-5)
+
+
+def test_converged_everywhere_saves_passes():
+    """With a threshold that everything meets, two passes run; with one that nothing meets, all do."""
+    passes, batch = [], tokens()
+    for threshold in (1e9, 1e-9):
+        model = build(halting_threshold=threshold, **CONVERGED)
+        calls = []
+        model.model.loop.cell.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        original = model.model.loop.cell.step
+        model.model.loop.cell.step = lambda *a, original=original, calls=calls: (calls.append(1), original(*a))[1]
+        steps = model(batch).num_feedback_steps
+        passes.append((steps.min().item(), steps.max().item()))
+    assert passes == [(2, 2), (6, 6)]
+
+
+@pytest.mark.parametrize("where", ["left", "right", "inside"])
+def test_steps_of_padding(where):
+    """Padding makes no passes, and each row's positions make those they make alone."""
+    model, batch = build(halting_threshold=0.4, **CONVERGED), tokens(3, 11)
+    padded, mask = pad(batch, [11, 8, 4], where)
+    steps = model(padded, attention_mask=mask).num_feedback_steps
+    for i, length in enumerate([11, 8, 4]):
+        assert torch.equal(steps[i][mask[i].bool()], model(batch[i : i + 1, :length]).num_feedback_steps[0])
+    assert steps[mask == 0].max() <= 1
+
+
+def test_training_makes_all_passes():
+    model, batch = build(halting_threshold=1e9, **CONVERGED), tokens()
+    assert model(batch).num_feedback_steps.max() == 2
+    assert model.train()(batch).num_feedback_steps.min() == 6
+    fixed = build(num_feedback_steps=6).train()
+    assert_close(model(batch).logits, fixed(batch).logits, 1e-6)
+
+
+def ponder(model, batch):
+    """λ of every pass, [K, B, T], and the logits, written out."""
+    outputs = model(batch, output_hidden_states=True, output_feedback_states=True)
+    loop = model.model.loop
+    lambdas = torch.stack([loop.halting.halt_proj(h)[..., 0].sigmoid() for h in outputs.hidden_states[2:-1]])
+    return lambdas, outputs
+
+
+def test_learned_halting_is_pondernet():
+    """L = Σ_k p_k L_k + β KL(p | geometric prior), every token its own p; in evaluation, the first pass by which it
+    has stopped with a probability of a half."""
+    fields = {"num_feedback_steps": 4, "halting": "learned", "halting_prior": 0.3, "halting_weight": 0.7}
+    model, batch = build(initializer_range=0.3, feedback_type="mlp", encoder_type="cnn", **fields).train(), tokens()
+    loss = model(batch, labels=batch).loss
+    lambdas, outputs = ponder(model, batch)
+    left, p = torch.ones(batch.shape), []
+    for k, stop in enumerate(lambdas):
+        p.append(left * (stop if k < 3 else 1))
+        left = left - p[-1]
+    p = torch.stack(p)
+    assert_close(p.sum(0), torch.ones(batch.shape), 1e-6)
+    expected = torch.zeros(())
+    for weight, y in zip(p, outputs.feedback_states, strict=True):
+        losses = F.cross_entropy(model.lm_head(y)[:, :-1].transpose(1, 2), batch[:, 1:], reduction="none")
+        expected = expected + (weight[:, :-1] * losses).mean()
+    prior = torch.tensor([0.3 * 0.7**k for k in range(4)])
+    prior = (prior / prior.sum())[:, None, None]
+    expected = expected + 0.7 * (p * (p / prior).log()).sum(0).mean()
+    assert_close(loss, expected, 1e-5)
+    loss.backward()
+    assert model.model.loop.halting.halt_proj.weight.grad.abs().max() > 1e-4
+    model.eval()
+    steps = model(batch).num_feedback_steps
+    assert torch.equal(steps, (p.cumsum(0) >= 0.5).long().argmax(0) + 1)
+    assert steps.min() < steps.max()
+
+
+def test_act_reads_the_mean_of_its_states():
+    """Graves' equations: passes until the λ sum up to the threshold, the last weight cut to the rest; N + R is
+    paid."""
+    fields = {"num_feedback_steps": 4, "halting": "act", "halting_threshold": 0.95, "halting_weight": 0.3}
+    model = build(initializer_range=0.3, feedback_type="mlp", encoder_type="cnn", num_decoder_layers=0, **fields)
+    batch = tokens()
+    full = with_weights_of(
+        build(
+            initializer_range=0.3,
+            feedback_type="mlp",
+            encoder_type="cnn",
+            num_decoder_layers=0,
+            num_feedback_steps=4,
+            halting="learned",
+        ),
+        num_feedback_steps=4,
+        halting="learned",
+        feedback_type="mlp",
+        encoder_type="cnn",
+        num_decoder_layers=0,
+    ).train()
+    full.load_state_dict(model.state_dict())
+    lambdas, outputs = ponder(full, batch)
+    steps, mean, rest = (
+        torch.zeros(batch.shape, dtype=torch.long),
+        torch.zeros(*batch.shape, 32),
+        torch.zeros(batch.shape),
+    )
+    for b in range(batch.shape[0]):
+        for t in range(batch.shape[1]):
+            total = 0.0
+            for k in range(4):
+                weight = lambdas[k, b, t]
+                ends = k == 3 or total + weight >= 0.95
+                weight = 1 - total if ends else weight
+                mean[b, t] += weight * outputs.hidden_states[2 + k][b, t]
+                total = total + weight
+                if ends:
+                    steps[b, t], rest[b, t] = k + 1, weight
+                    break
+    halted = model(batch)
+    assert torch.equal(halted.num_feedback_steps, steps)
+    assert steps.min() < steps.max()
+    assert_close(halted.logits, model.lm_head(model.model.norm(mean)), 1e-5)
+    plain = F.cross_entropy(halted.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    assert_close(model.train()(batch, labels=batch).loss, plain + 0.3 * (steps + rest).mean(), 1e-5)
+
+
+def test_learned_halting_of_a_classifier():
+    """A row stops with the probability of the position that it is read at."""
+    fields = {"num_feedback_steps": 3, "halting": "learned", "halting_weight": 0.0, "num_labels": 3}
+    model = build(FeedbackForSequenceClassification, **fields).train()
+    batch, labels = tokens(3), torch.tensor([0, 1, 2])
+    outputs = model.model(batch, predict=model.predict)
+    expected = torch.zeros(())
+    for y, p in zip(outputs.feedback_states, outputs.halting_probabilities, strict=True):
+        losses = F.cross_entropy(model.classifier(y[:, -1]), labels, reduction="none")
+        expected = expected + (losses * p[:, -1]).mean()
+    assert_close(model(batch, labels=labels).loss, expected, 1e-6)
+    regression = build(FeedbackForSequenceClassification, **{**fields, "num_labels": 1}).train()
+    with pytest.raises(ValueError, match="use 'act'"):
+        regression(batch, labels=torch.rand(3))
+
+
+@pytest.mark.parametrize("halting", ["learned", "act"])
+def test_gradient_accumulation_with_halting(halting):
+    """Two halves of a batch give the gradient of the whole."""
+    model, batch = build(halting=halting, halting_weight=0.5).train(), tokens(4)
+    whole = gradients(model, batch, num_items_in_batch=4 * 12)
+    model.zero_grad()
+    for half in batch.split(2):
+        model(half, labels=half, num_items_in_batch=4 * 12).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-3, msg=name)
