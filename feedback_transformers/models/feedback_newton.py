@@ -56,8 +56,8 @@ def solve(
 ) -> tuple[Tensor, Tensor, int] | None:
     """h and the Jacobian's diagonal at it [B, T, D], and the number of iterations; None if it does not converge.
 
-    Damped: after a step that made the residual grow, the next one takes slopes beyond ±1 for ±1, so that its errors
-    don't grow from position to position.
+    Damped: a step that makes the residual grow is followed by one of h = F(h), whose states gates keep in bounds, and
+    the next step of Newton takes slopes beyond ±1 for ±1, so that its errors don't grow from position to position.
     """
     h = start[:, None].expand(-1, gates.shape[1], -1)
     made, jacobian = linearize(cell, gates, before(h, start), mask)
@@ -65,13 +65,14 @@ def solve(
     for iteration in range(max_iterations + 1):
         if residual <= tolerance * h.abs().max().clamp(min=1.0):
             return h, jacobian, iteration
-        slope = jacobian.clamp(-bound, bound)
-        new = linear_scan(slope, made - slope * before(h, start), start)
-        new_made, new_jacobian = linearize(cell, gates, before(new, start), mask)
-        new_residual = (new_made - new).abs().max()
-        bound = float("inf") if new_residual < residual else 1.0
-        if new_residual.isfinite():  # else the same step again, damped
-            h, made, jacobian, residual = new, new_made, new_jacobian, new_residual
+        jacobian = jacobian.clamp(-bound, bound)
+        h = linear_scan(jacobian, made - jacobian * before(h, start), start)
+        made, jacobian = linearize(cell, gates, before(h, start), mask)
+        grew, bound = not (made - h).abs().max() < residual, float("inf")
+        if grew:
+            h, bound = made.nan_to_num(0.0, 0.0, 0.0), 1.0
+            made, jacobian = linearize(cell, gates, before(h, start), mask)
+        residual = (made - h).abs().max()
     return None
 
 
