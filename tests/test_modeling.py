@@ -66,6 +66,7 @@ VARIANTS |= {
         "solver_tolerance": 1e-6,
         "feedback_type": "gru",
     },
+    "newton": {**TIME, "solver": "newton", "feedback_type": "diagonal_gru", "feedback_signal": "none"},
     "tolerance-truncated": {
         **TIME,
         "solver": "gauss_seidel",

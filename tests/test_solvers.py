@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import assert_close, build, each_cell, pad, tokens
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from feedback_transformers import FeedbackForSequenceClassification
-from feedback_transformers.models.configuration_feedback import RECURRENT_TYPES
+from feedback_transformers.models.configuration_feedback import DIAGONAL_TYPES, RECURRENT_TYPES
+from feedback_transformers.models.feedback_gradients import DeferredWeightGradients, Ledger
 
 TIME = {"feedback_axis": "time"}
 BLOCKS = {**TIME, "solver": "gauss_seidel"}
@@ -72,6 +74,23 @@ def test_tolerance_stops_the_passes(cell, solver):
     assert exact.shape == rough.shape == batch.shape
     assert exact.unique().numel() == rough.unique().numel() == 1
     assert 1 < rough[0, 0] < exact[0, 0] < 60
+
+
+@pytest.mark.parametrize("cell", DIAGONAL_TYPES)
+def test_newton_equals_sequential(cell):
+    """Also behind padding and in two chunks; the number of its iterations is told, fewer than there are positions."""
+    fields = {**TIME, "feedback_type": cell, "feedback_signal": "none", "num_feedback_layers": 2}
+    sequential, batch = build(**fields), tokens(2, 29)
+    newton = with_weights_of(sequential, solver="newton", solver_tolerance=1e-7, **fields)
+    assert_agree(newton, sequential, batch)
+    assert 1 <= newton(batch).num_feedback_steps.max() < 29
+    padded, mask = pad(batch, [29, 20], "left")
+    assert_close(
+        newton(padded, attention_mask=mask).logits[:, 3:], sequential(padded, attention_mask=mask).logits[:, 3:]
+    )
+    first = newton(batch[:, :17], use_cache=True)
+    second = newton(batch[:, 17:], past_key_values=first.past_key_values)
+    assert_close(torch.cat([first.logits, second.logits], dim=1), sequential(batch).logits, 1e-5)
 
 
 def test_truncated_gradient_after_convergence():
@@ -266,3 +285,45 @@ def test_gradient_accumulation_with_halting(halting):
         model(half, labels=half, num_items_in_batch=4 * 12).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-3, msg=name)
+
+
+# Weight gradients of all positions at once
+
+
+@each_cell
+@pytest.mark.parametrize("signal", ["state", "output"])
+@pytest.mark.parametrize("peft", [False, True])
+def test_deferred_weight_gradients(cell, signal, peft):
+    """The same gradients, adapters included, from a single product for each weight."""
+    model, batch = build(**TIME, feedback_type=cell, feedback_signal=signal), tokens()
+    if peft:
+        model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")).train()
+    products = []
+    with pytest.MonkeyPatch.context() as patch:
+        settle = Ledger.settle
+        patch.setattr(Ledger, "settle", lambda ledger: (products.append(len(ledger.inputs)), settle(ledger))[1])
+        if peft:
+            model(batch, labels=batch).loss.backward()
+            actual = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        else:
+            actual = gradients(model, batch)
+    assert products and max(products) == batch.shape[1]
+    model.zero_grad()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeferredWeightGradients, "takes", staticmethod(lambda *args: False))
+        model(batch, labels=batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(actual[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_deferred_twice():
+    """Two backward passes through one graph add up to twice the gradient."""
+    model, batch = build(**TIME), tokens()
+    expected = gradients(model, batch)
+    model.zero_grad()
+    loss = model(batch, labels=batch).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * expected[name], atol=1e-6, rtol=1e-4, msg=name)

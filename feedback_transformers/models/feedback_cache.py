@@ -6,7 +6,7 @@ Shapes: B batch, T positions of this call, P positions before it, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -178,6 +178,7 @@ class Context:
     source: Tensor | None = None  # [B, S, D] the encoded source of a sequence-to-sequence model
     source_mask: Tensor | None = None  # [B, S]
     cross_attention: EncoderDecoderCache | None = None  # keys and values of the source, computed once a text
+    iterations: list[int] = field(default_factory=list)  # of Newton's method in this call, a number a layer
 
     def at(self, *slot: str | int) -> Context:
         """The same positions for the part, or step, `slot`."""

@@ -18,6 +18,7 @@ from transformers import initialization as init
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context, KeyValueSlots
 from .feedback_layers import ConvStack, MLPStack, TransformerStack, borrowed
+from .feedback_newton import newton
 from .feedback_scan import RecurrentStack
 
 State = tuple[Any, ...] | None  # a GRUState or LSTMState per layer
@@ -29,6 +30,14 @@ class RecurrentCell(RecurrentStack):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config, config.num_feedback_layers, kind=config.feedback_type)
+        self.newton_tolerance = (config.solver_tolerance or 1e-6) if config.solver == "newton" else None
+
+    def run(self, cell: Any, x: Tensor, state: Any, context: Context) -> tuple[Tensor, Any]:
+        if self.newton_tolerance is None or x.shape[1] == 1:
+            return super().run(cell, x, state, context)
+        h, state, iterations = newton(cell, x, state, context.mask, self.newton_tolerance)
+        context.iterations.append(iterations)
+        return h, state
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         new: list[Any] = []

@@ -9,6 +9,7 @@ Shapes: B batch, T positions, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from .configuration_feedback import RECURRENT_TYPES, FeedbackConfig
 from .feedback_cache import Context, FeedbackCache
 from .feedback_cells import State, make_cell
 from .feedback_connections import CONNECTIONS
+from .feedback_gradients import DeferredWeightGradients
 from .feedback_halting import HALTING, begin
 from .feedback_layers import CrossAttention, dropout
 
@@ -171,9 +173,10 @@ class FeedbackLoop(nn.Module):
         now = Pass(h, state, y)
         if config.feedback_signal == "none" or (last and not in_blocks):
             return now  # no later pass or call reads its signal
-        now.signal = now.shifted = readout.embed(y) if by_output else h
-        if config.feedback_axis == "time":
-            now.shifted = self.previous(now.signal, context.at("signal", number))
+        signal = readout.embed(y) if by_output else h
+        in_time = config.feedback_axis == "time"
+        now.signal = signal
+        now.shifted = self.previous(signal, context.at("signal", number)) if in_time else signal
         return now
 
     def settled(self, before: Pass | None, now: Pass, context: Context) -> bool:
@@ -181,7 +184,7 @@ class FeedbackLoop(nn.Module):
         tolerance = self.config.solver_tolerance
         if tolerance is None or self.config.feedback_axis == "depth" or now.signal is None:
             return False
-        if before is None:
+        if before is None or before.signal is None:
             return False
         change, size = (now.signal - before.signal).detach().abs(), now.signal.detach().abs()
         if context.mask is not None:
@@ -225,10 +228,13 @@ class FeedbackLoop(nn.Module):
         """Position by position, or chunk by chunk of `feedback_interval`: exact, and what decoding does."""
         if context.cache is None:  # the cell's memory of this call
             context = replace(context, cache=FeedbackCache())
-        h, y, held = self.sweep(e, None, context, readout, 0, self.config.feedback_interval)
+        with nullcontext() if torch.compiler.is_compiling() else DeferredWeightGradients():
+            h, y, held = self.sweep(e, None, context, readout, 0, self.config.feedback_interval)
         if self.config.feedback_signal != "none":
             context.at("signal", 0).keep((held,))
-        return LoopOutput([h], [readout.decode(h, context.at("decoder", "last")) if y is None else y])
+        y = readout.decode(h, context.at("decoder", "last")) if y is None else y
+        iterations = context.iterations
+        return LoopOutput([h], [y], torch.full_like(context.position_ids, max(iterations)) if iterations else None)
 
     def sweep(
         self, e: Tensor, shifted: Tensor | None, context: Context, readout: Readout, number: int, block: int
@@ -238,9 +244,10 @@ class FeedbackLoop(nn.Module):
         config, (batch, _, size) = self.config, e.shape
         interval, feeds = config.feedback_interval, config.feedback_signal != "none"
         by_output = config.feedback_signal == "output"
-        in_passes = config.in_passes
-        decoder_slot = number if in_passes else "last"
-        truncate = config.gradient_steps if torch.is_grad_enabled() and not in_passes else None
+        decoder_slot: str | int = number
+        truncate = None
+        if not config.in_passes:
+            decoder_slot, truncate = "last", config.gradient_steps if torch.is_grad_enabled() else None
         kept = context.at("signal", number).state()
         held = e.new_zeros(batch, size) if kept is None else kept[0].to(e.dtype)  # of the last finished chunk
         given = held  # of the last chunk finished before this block
@@ -252,19 +259,22 @@ class FeedbackLoop(nn.Module):
                 context.cache.detach()
             span, signal = context.span(start, stop), None
             if feeds:
-                counts = context.count[:, None] + torch.arange(start, stop, device=e.device)
-                given = torch.where(counts[:, :1] % block == 0, held, given)
+                given = (
+                    held if block == 1 else torch.where(((context.count + start) % block == 0)[:, None], held, given)
+                )
                 signal = given[:, None].expand(-1, stop - start, -1)
                 if block > interval:
+                    counts = context.count[:, None] + torch.arange(start, stop, device=e.device)
                     old = torch.zeros_like(signal) if shifted is None else shifted[:, start:stop]
                     signal = torch.where((counts % interval >= counts % block)[..., None], signal, old)
             h, _ = self.step(e[:, start:stop], signal, None, span, number)
             states.append(h)
+            signal = h
             if by_output:
                 outputs.append(readout.decode(h, span.at("decoder", decoder_slot)))
-                h = readout.embed(outputs[-1])
+                signal = readout.embed(outputs[-1])
             if feeds:
-                held = self.last_of_chunk(h, held, context, start, stop)
+                held = self.last_of_chunk(signal, held, context, start, stop)
         return torch.cat(states, dim=1), torch.cat(outputs, dim=1) if outputs else None, held
 
     def spans(self, context: Context, block: int | None, truncate: int | None) -> list[tuple[int, int]]:

@@ -352,9 +352,13 @@ class RecurrentStack(nn.Module):
             here, cell = context.at(i), directions[0]
             kept = here.state()
             state = cell.initial_state(x[:, 0]) if kept is None else cell.state_type(*kept)
-            h, state = scan(cell, x, state, context.mask)
+            h, state = self.run(cell, x, state, context)
             here.keep(state)
             if len(directions) == 2:
                 h = h + scan(directions[1], x, directions[1].initial_state(x[:, 0]), context.mask, reverse=True)[0]
             x = h
         return x
+
+    def run(self, cell: GRU | LSTM, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """One layer forwards: h [B, T, D] and its last state."""
+        return scan(cell, x, state, context.mask)
