@@ -12,10 +12,18 @@ from __future__ import annotations
 
 import argparse
 
-from . import parity
+from . import arithmetic, parity, prefix_sums, programs, sudoku, swaps
 from .runner import SEEDS, Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (parity.TASK,)}
+ALL = (
+    parity.TASK,
+    swaps.TASK,
+    *arithmetic.TASKS,
+    prefix_sums.TASK,
+    programs.TASK,
+    *sudoku.TASKS,
+)
+TASKS: dict[str, Task] = {task.name: task for task in ALL}
 
 
 def main() -> None:
@@ -37,7 +45,7 @@ def main() -> None:
             )
         if arguments.smoke:
             for model in models:
-                line = task.run(model, arguments.seeds[0], arguments.steps or 2)
+                line = task.run(model, arguments.seeds[0], arguments.steps or 2, smoke=True)
                 print(task.name, model, f"{line['parameters']:,}", line["metrics"], f"{line['seconds']} s", flush=True)
         elif not arguments.report:
             task.run_missing(models, arguments.seeds, arguments.steps)

@@ -19,11 +19,13 @@ Settings = dict[str, Any]  # strings and numbers only: they are written beside e
 class Recurrent(nn.Module):
     """torch's nn.GRU or nn.LSTM between an embedding and a linear readout."""
 
-    def __init__(self, kind: type[nn.GRU] | type[nn.LSTM], tokens: int, labels: int, size: int, layers: int) -> None:
+    def __init__(self, kind: str, fields: Settings, tokens: int, labels: int) -> None:
         super().__init__()
+        size, both = fields["hidden_size"], fields.get("bidirectional", False)
         self.embedding = nn.Embedding(tokens, size)
-        self.rnn = kind(size, size, layers, batch_first=True)
-        self.classifier = nn.Linear(size, labels)
+        cell = {"gru": nn.GRU, "lstm": nn.LSTM}[kind]
+        self.rnn = cell(size, size, fields["num_layers"], batch_first=True, bidirectional=both)
+        self.classifier = nn.Linear(2 * size if both else size, labels)
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> TokenClassifierOutput:
         logits = self.classifier(self.rnn(self.embedding(input_ids))[0])
@@ -34,9 +36,13 @@ class Recurrent(nn.Module):
 def build(kind: str, fields: Settings, tokens: int, labels: int, positions: int) -> nn.Module:
     """`feedback` (fields of FeedbackConfig, perhaps with a preset), `llama` (of LlamaConfig), `gru` or `lstm`."""
     if kind in ("gru", "lstm"):
-        cell = nn.GRU if kind == "gru" else nn.LSTM
-        return Recurrent(cell, tokens, labels, fields["hidden_size"], fields["num_layers"])
-    sizes = {"vocab_size": tokens, "num_labels": labels, "max_position_embeddings": positions, "use_cache": False}
+        return Recurrent(kind, fields, tokens, labels)
+    sizes: Settings = {
+        "vocab_size": tokens,
+        "num_labels": labels,
+        "max_position_embeddings": positions,
+        "use_cache": False,
+    }
     if kind == "llama":
         return LlamaForTokenClassification(LlamaConfig(**sizes, **fields, bos_token_id=None, eos_token_id=None))
     if kind != "feedback":

@@ -6,12 +6,13 @@ Trained on 3 to 40 bits, tested on 40 to 256; scaled accuracy, as in table 3 of 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from .models import Settings
-from .runner import IGNORED, Batch, Predict, Runs, Score, Task, accuracy, draw_length, growing, scaled, test_batches
+from .runner import IGNORED, Batch, Runs, Score, Task, accuracy, draw_length, growing, scaled, test_batches
 
 SHORTEST, LONGEST = 3, 40
-TEST_LENGTHS = range(40, 257, 8)
+TEST_LENGTHS = [*range(40, 257, 8)]
 
 
 def generate(generator: torch.Generator, size: int, length: int) -> Batch:
@@ -27,10 +28,10 @@ def train(generator: torch.Generator, size: int, level: float) -> Batch:
     return generate(generator, size, draw_length(generator, SHORTEST, longest))
 
 
-def evaluate(predict: Predict, settings: Settings) -> Score:
+def evaluate(network: nn.Module, settings: Settings) -> Score:
     curve = {
-        str(length): scaled(accuracy(predict(batch.inputs), batch.labels), 1 / 2)
-        for length, batch in test_batches(generate, TEST_LENGTHS, 128)
+        str(length): scaled(accuracy(network(input_ids=batch.inputs).logits, batch.labels), 1 / 2)
+        for length, batch in test_batches(generate, settings)
     }
     return Score({"scaled accuracy": sum(curve.values()) / len(curve)}, curve)
 
@@ -69,11 +70,13 @@ TASK = Task(
     title="Parity: trained on 3 to 40 bits, tested on 40 to 256",
     num_tokens=2,
     num_labels=2,
-    num_positions=256,
+    num_positions=max(TEST_LENGTHS),
     train=train,
     evaluate=evaluate,
     models=MODELS,
     checks=checks,
+    evaluation={"lengths": TEST_LENGTHS, "sequences": 128},
+    smoke={"lengths": [40], "sequences": 2},
     columns=("scaled accuracy",),
     published={
         "Transformer (Grazzi et al. 2024, best of 3)": (0.022,),

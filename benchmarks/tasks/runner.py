@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import feedback_transformers
-from feedback_transformers.training import MuonAdamW, draw_steps
+from feedback_transformers.training import MuonAdamW
 
 from .models import Settings, build
 
@@ -35,17 +35,17 @@ TRAINING: Settings = {
     "batch": 64,
     "optimizer": "adamw",  # or muon, for the matrices inside
     "lr": 1e-3,
-    "betas": (0.9, 0.99),
+    "betas": (0.9, 0.999),
     "weight_decay": 0.01,
     "warmup": 0.05,  # share of the steps
     "clip": 1.0,
     "sampled": None,  # (least, most) feedback steps, drawn anew for every training step
-    "easy": 0.1,  # a batch with a smaller loss raises the level of difficulty,
-    "stride": 0.02,  # by so much,
-    "forced": (0.4, 0.7),  # and between these shares of the steps it rises to 1 in any case
+    "easy": 0.1,  # a batch with a smaller loss raises the level of difficulty by the stride,
+    "hard": 0.5,  # one with a larger loss lowers it;
+    "stride": 0.02,
+    "forced": (0.4, 0.7),  # between these shares of the steps it rises to 1 in any case
 }
 
-Predict = Callable[..., Tensor]  # inputs [B, T], and num_feedback_steps perhaps -> logits [B, T, L]
 Curve = dict[str, float]
 
 
@@ -92,40 +92,39 @@ class Task:
     num_labels: int
     num_positions: int
     train: Callable[[torch.Generator, int, float], Batch]  # batch size and level of difficulty, from 0 to 1
-    evaluate: Callable[[Predict, Settings], Score]
+    evaluate: Callable[[nn.Module, Settings], Score]
     models: dict[str, Settings]  # name -> kind, fields of its config, training, evaluation
     checks: Callable[[Runs], dict[str, bool]]  # the lines to reach
-    training: Settings = field(default_factory=dict)
+    training: Settings = field(default_factory=dict)  # where it differs from TRAINING
+    evaluation: Settings = field(default_factory=dict)  # what `evaluate` is given
+    smoke: Settings = field(default_factory=dict)  # of the evaluation, to see in a moment that everything works
     columns: tuple[str, ...] = ()  # metrics of the table
     published: dict[str, tuple[float | str, ...]] = field(default_factory=dict)  # rows of others, by column
     x_label: str = "length"
     y_label: str = "accuracy"
 
-    def settings(self, model: str, steps: int | None = None) -> Settings:
+    def settings(self, model: str, steps: int | None = None, smoke: bool = False) -> Settings:
         """Everything that a run depends on beside the code and the seed."""
         own = self.models[model]
         training = {**TRAINING, **self.training, **own.get("training", {})}
         if steps is not None:
             training["steps"] = steps
-        return {
-            "kind": own["kind"],
-            "fields": own["fields"],
-            "training": training,
-            "evaluation": own.get("evaluation", {}),
-        }
+        evaluation = {**self.evaluation, **own.get("evaluation", {}), **(self.smoke if smoke else {})}
+        return {"kind": own["kind"], "fields": own["fields"], "training": training, "evaluation": evaluation}
 
     def build(self, model: str) -> nn.Module:
         own = self.models[model]
         return build(own["kind"], own["fields"], self.num_tokens, self.num_labels, self.num_positions)
 
-    def run(self, model: str, seed: int, steps: int | None = None) -> dict[str, Any]:
+    def run(self, model: str, seed: int, steps: int | None = None, smoke: bool = False) -> dict[str, Any]:
         """Trains and evaluates one model; returns the line for the results."""
         torch.set_num_threads(1)
         torch.manual_seed(seed)
-        network, settings, start = self.build(model), self.settings(model, steps), time.time()
+        network, settings, start = self.build(model), self.settings(model, steps, smoke), time.time()
         self.fit(network, settings["training"], seed, f"{self.name}, {model}, seed {seed}")
         trained = time.time()
-        score = self.evaluate(predictor(network), settings["evaluation"])
+        with torch.no_grad():
+            score = self.evaluate(network.eval(), settings["evaluation"])
         return {
             "task": self.name,
             "model": model,
@@ -152,18 +151,17 @@ class Task:
         progress, level = tqdm(range(total), desc=title, mininterval=10), 0.0
         for step in progress:
             start, end = training["forced"]
-            level = min(1.0, max(level, (step / total - start) / (end - start)))
+            level = min(1.0, max(0.0, level, (step / total - start) / (end - start)))
             inputs, labels = self.train(generator, training["batch"], level)
             sampled = training["sampled"]
-            steps = {"num_feedback_steps": draw_steps(step, *sampled, seed)} if sampled else {}
+            steps = {"num_feedback_steps": draw_length(generator, *sampled)} if sampled else {}
             loss = network(input_ids=inputs, labels=labels, **steps).loss
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), training["clip"], error_if_nonfinite=True)
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            if loss.item() < training["easy"]:
-                level += training["stride"]
+            level += training["stride"] * ((loss.item() < training["easy"]) - (loss.item() > training["hard"]))
             if step % 50 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}", level=f"{level:.2f}", refresh=False)
 
@@ -223,16 +221,6 @@ class Task:
             figure.savefig(self.file.with_suffix(".png"), dpi=120)
 
 
-def predictor(network: nn.Module) -> Predict:
-    network.eval()
-
-    @torch.no_grad()
-    def predict(inputs: Tensor, **arguments: Any) -> Tensor:
-        return network(input_ids=inputs, **arguments).logits
-
-    return predict
-
-
 def make_optimizer(network: nn.Module, training: Settings) -> torch.optim.Optimizer:
     rest = {"weight_decay": training["weight_decay"], "betas": tuple(training["betas"])}
     if training["optimizer"] == "muon":
@@ -257,6 +245,7 @@ def by_seed(values: list[float]) -> str:
 
 
 def draw_length(generator: torch.Generator, least: int, most: int) -> int:
+    """Uniform, both ends included."""
     return int(torch.randint(least, most + 1, (), generator=generator))
 
 
@@ -266,11 +255,11 @@ def growing(level: float, least: int, most: int) -> int:
 
 
 def test_batches(
-    generate: Callable[[torch.Generator, int, int], Batch], lengths: range | tuple[int, ...], size: int
+    generate: Callable[[torch.Generator, int, int], Batch], settings: Settings
 ) -> Iterator[tuple[int, Batch]]:
-    """`size` sequences of each length, always the same."""
-    for length in lengths:
-        yield length, generate(torch.Generator().manual_seed(TEST_SEED + length), size, length)
+    """settings["sequences"] of each of settings["lengths"], always the same ones."""
+    for length in settings["lengths"]:
+        yield length, generate(torch.Generator().manual_seed(TEST_SEED + length), settings["sequences"], length)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
