@@ -482,6 +482,27 @@ def test_gradient_checkpointing(cell, signal, axis):
     assert_same_gradients(gradients(checkpointed, tokens()), gradients(plain, tokens()))
 
 
+@pytest.mark.parametrize("fields", [{}, {"feedback_type": "gru", "gradient_steps": 17}, {**TIME, "solver": "jacobi"}])
+def test_gradient_checkpointing_of_many_passes(fields):
+    """Segments of passes give the same gradients, through dropout too, and keep less than a state a pass."""
+    fields = {"dropout": 0.1, "num_feedback_steps": 19, "solver_steps": 19, "num_decoder_layers": 0, **fields}
+    plain, checkpointed, batch = build(**fields).train(), build(**fields).train(), tokens()
+    checkpointed.activation_checkpointing_enable()
+    saved, results = [], []
+    for model in (plain, checkpointed):
+        torch.manual_seed(1)
+        results.append(gradients(model, batch))
+        kept = set()
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, kept=kept: (kept.add(t.data_ptr()), t)[1], lambda t: t
+        ):
+            loss = model(batch, labels=batch).loss
+        saved.append(len(kept))
+        del loss
+    assert_same_gradients(*results)
+    assert saved[1] < saved[0] / 2
+
+
 @pytest.mark.parametrize("name", ["feedback-transformer", "recurrent-depth", "tiny-recursive"])
 def test_gradient_checkpointing_of_presets(name):
     config = tiny(**{**PRESETS[name], "is_causal": True})

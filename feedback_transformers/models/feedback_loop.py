@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from math import isqrt
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,20 +127,22 @@ class FeedbackLoop(nn.Module):
         every_step = every_step or (config.halting == "learned" and self.training)  # it weighs their losses
         first = passes - (config.gradient_steps or passes)
         resume = first if grad and first else passes  # after convergence: a truncated gradient wants its passes
+        watched = every_step or progress is not None or config.solver_tolerance is not None
+        segment = 1 if watched or not grad else self.segment(passes - first)
         made: list[Pass] = []
         number, steps = 0, 0
         while number < passes:
             before = made[-1] if made else None
-            last = number == passes - 1
+            stop = min(number + (segment if number >= first else 1), passes)
             here = replace(context, running=progress.running) if stops and before is not None else context
             with torch.set_grad_enabled(grad and number >= first):
-                now = self.one_pass(e, before, here, readout, number, every_step, last)
+                now = self.some_passes(e, before, here, readout, range(number, stop), passes, every_step)
                 if progress is not None:
                     progress.num_steps = progress.num_steps + progress.running
                     logits = readout.predict(now.y) if self.halting.reads_prediction else None
-                    self.halting(progress, now.h, None if before is None else before.h, logits, last)
+                    self.halting(progress, now.h, None if before is None else before.h, logits, stop == passes)
             made = [*made, now] if every_step else [now]
-            number, steps = number + 1, steps + 1
+            number, steps = stop, steps + 1
             done = (stops and not progress.running.any()) or self.settled(before, now, context)
             if done and number < resume:
                 self.skip(now, context, number, resume)
@@ -153,18 +156,47 @@ class FeedbackLoop(nn.Module):
         loss = self.halting.loss(progress, context.mask)
         return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss)
 
+    def segment(self, passes: int) -> int:
+        """How many passes to checkpoint as one, of those with a gradient: about as many as there are such segments.
+
+        So 2√K inputs of passes are kept for a third forward, where K would be for a second; few passes don't need it.
+        """
+        by_step = self.config.feedback_signal == "output" or self.config.solver == "gauss_seidel"
+        checkpoints = self.gradient_checkpointing and self.training and not by_step
+        return isqrt(passes) if checkpoints and passes >= 16 else 1
+
+    def some_passes(
+        self,
+        e: Tensor,
+        before: Pass | None,
+        context: Context,
+        readout: Readout,
+        numbers: range,
+        passes: int,
+        wanted: bool,
+    ) -> Pass:
+        """The last of the passes `numbers`, out of `passes`."""
+        if len(numbers) == 1:
+            return self.one_pass(e, before, context, readout, numbers[0], wanted, numbers[0] == passes - 1)
+
+        def segment(before: Pass | None) -> Pass:
+            for number in numbers:
+                before = self.one_pass(e, before, context, readout, number, wanted, number == passes - 1)
+            return cast(Pass, before)
+
+        return self.checkpoint(segment, before)
+
     def one_pass(
         self, e: Tensor, before: Pass | None, context: Context, readout: Readout, number: int, wanted: bool, last: bool
     ) -> Pass:
         """The pass after `before`; `wanted` where its y is asked for."""
         config, by_output = self.config, self.config.feedback_signal == "output"
         shifted, state = (None, None) if before is None else (before.shifted, before.state)
-        in_blocks = config.solver == "gauss_seidel"
+        in_blocks, y = config.solver == "gauss_seidel", None
         if in_blocks:
             h, y, _ = self.sweep(e, shifted, context, readout, number, config.solver_block_size)
         else:
             h, state = self.checkpoint(self.step, e, shifted, state, context, number)
-            y = None
         if context.running is not None and before is not None:
             h = torch.where(context.running[..., None], h, before.h)
         reads_prediction = self.halting is not None and self.halting.reads_prediction
@@ -173,7 +205,7 @@ class FeedbackLoop(nn.Module):
         now = Pass(h, state, y)
         if config.feedback_signal == "none" or (last and not in_blocks):
             return now  # no later pass or call reads its signal
-        signal = readout.embed(y) if by_output else h
+        signal = readout.embed(y) if by_output and y is not None else h
         in_time = config.feedback_axis == "time"
         now.signal = signal
         now.shifted = self.previous(signal, context.at("signal", number)) if in_time else signal
@@ -201,8 +233,8 @@ class FeedbackLoop(nn.Module):
             if self.config.feedback_axis == "time" and now.signal is not None:
                 self.previous(now.signal, context.at("signal", number))
 
-    def checkpoint(self, function: Callable, *args: object) -> tuple[Tensor, State]:
-        """Recomputes a pass in the backward, so that only its input is kept."""
+    def checkpoint(self, function: Callable, *args: object) -> Any:
+        """Recomputes a pass, or a segment of passes, in the backward, so that only its input is kept."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(function, *args)
         return function(*args)
