@@ -151,7 +151,7 @@ class Task:
         progress, level = tqdm(range(total), desc=title, mininterval=10), 0.0
         for step in progress:
             start, end = training["forced"]
-            level = min(1.0, max(0.0, level, (step / total - start) / (end - start)))
+            level = max(level, min(1.0, (step / total - start) / (end - start)))
             inputs, labels = self.train(generator, training["batch"], level)
             sampled = training["sampled"]
             steps = {"num_feedback_steps": draw_length(generator, *sampled)} if sampled else {}
@@ -162,6 +162,7 @@ class Task:
             optimizer.zero_grad()
             schedule.step()
             level += training["stride"] * ((loss.item() < training["easy"]) - (loss.item() > training["hard"]))
+            level = min(1.0, max(0.0, level))
             if step % 50 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}", level=f"{level:.2f}", refresh=False)
 
