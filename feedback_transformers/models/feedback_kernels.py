@@ -60,7 +60,8 @@ def float_of(context: Any, bits: Scalar) -> Any:
 
 
 # Cephes' expf: e^x = 2^n e^r with |r| <= ln(2) / 2, a polynomial for e^r, and n added to the exponent's bits.
-ONE, TWO, LIMIT = np.float32(1), np.float32(2), np.float32(87)  # beyond e^87 a gate is 0 or 1
+ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+LIMIT = np.float32(87)  # beyond e^87 a gate is 0 or 1
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 ROUND = np.float32(1.5 * 2**23)  # x + ROUND has no bits for a fraction, and those of the integer stand last
 C0, C1, C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
@@ -130,26 +131,22 @@ def linear_backward(
 
 
 @compiled
-def diagonal_gru_forward(
-    gates: Array, weight: Array, start: Array, mask: Array, reverse: bool, h: Array, saved: Array
-) -> None:
-    """gates and saved (r, z, n) [B, T, 3D], weight [3, D], start [B, D], h [B, T, D]"""
+def diagonal_gru_forward(gates: Array, weight: Array, start: Array, mask: Array, reverse: bool, h: Array) -> None:
+    """gates [B, T, 3D], weight [3, D], start [B, D], h [B, T, D]"""
     batch, length, size = h.shape
     weight_r, weight_z, weight_n = weight[0], weight[1], weight[2]
     for row in range(batch):
         before = start[row]
         for i in range(length):
             t = length - 1 - i if reverse else i
-            x, s, h_t = gates[row, t], saved[row, t], h[row, t]
+            x, h_t = gates[row, t], h[row, t]
             x_r, x_z, x_n = x[:size], x[size : 2 * size], x[2 * size :]
-            s_r, s_z, s_n = s[:size], s[size : 2 * size], s[2 * size :]
             if mask[row, t]:
                 for d in range(size):
                     p = before[d]
                     r = sigmoid(x_r[d] + weight_r[d] * p)
                     z = sigmoid(x_z[d] + weight_z[d] * p)
                     n = tanh(x_n[d] + r * (weight_n[d] * p))
-                    s_r[d], s_z[d], s_n[d] = r, z, n
                     h_t[d] = n + z * (p - n)
             else:
                 h_t[:] = before
@@ -159,17 +156,20 @@ def diagonal_gru_forward(
 @compiled
 def diagonal_gru_backward(
     grad: Array,
+    gates: Array,
     weight: Array,
     start: Array,
     mask: Array,
     reverse: bool,
     h: Array,
-    saved: Array,
     grad_gates: Array,
     grad_weight: Array,
     carry: Array,
 ) -> None:
-    """grad_weight [B, 3, D] and carry [B, D] are zero; carry becomes the gradient of start."""
+    """grad_weight [B, 3, D] and carry [B, D] are zero; carry becomes the gradient of start.
+
+    r, z and n are computed again: that is faster than to fetch them from memory.
+    """
     batch, length, size = h.shape
     weight_r, weight_z, weight_n = weight[0], weight[1], weight[2]
     for row in range(batch):
@@ -178,13 +178,15 @@ def diagonal_gru_backward(
         for i in range(length - 1, -1, -1):
             t = length - 1 - i if reverse else i
             before = start[row] if i == 0 else h[row, t + 1 if reverse else t - 1]
-            g, s, dx = grad[row, t], saved[row, t], grad_gates[row, t]
-            s_r, s_z, s_n = s[:size], s[size : 2 * size], s[2 * size :]
+            g, x, dx = grad[row, t], gates[row, t], grad_gates[row, t]
+            x_r, x_z, x_n = x[:size], x[size : 2 * size], x[2 * size :]
             dx_r, dx_z, dx_n = dx[:size], dx[size : 2 * size], dx[2 * size :]
             if mask[row, t]:
                 for d in range(size):
-                    p, r, z, n = before[d], s_r[d], s_z[d], s_n[d]
-                    dh = g[d] + c[d]
+                    p, dh = before[d], g[d] + c[d]
+                    r = sigmoid(x_r[d] + weight_r[d] * p)
+                    z = sigmoid(x_z[d] + weight_z[d] * p)
+                    n = tanh(x_n[d] + r * (weight_n[d] * p))
                     dn = dh * (ONE - z) * (ONE - n * n)
                     dz = dh * (p - n) * z * (ONE - z)
                     dr = dn * (weight_n[d] * p) * r * (ONE - r)
@@ -193,6 +195,57 @@ def diagonal_gru_backward(
                     grad_z[d] += dz * p
                     grad_n[d] += dn * r * p
                     c[d] = dh * z + dr * weight_r[d] + dz * weight_z[d] + dn * r * weight_n[d]
+            else:
+                dx[:] = 0
+                for d in range(size):
+                    c[d] += g[d]
+
+
+# minGRU: the linear scan together with its coefficients
+
+
+@compiled
+def candidate(x: Scalar) -> Scalar:
+    return x + HALF if x >= ZERO else sigmoid(x)
+
+
+@compiled
+def min_gru_forward(gates: Array, start: Array, mask: Array, reverse: bool, h: Array) -> None:
+    """gates [B, T, 2D], start [B, D], h [B, T, D]"""
+    batch, length, size = h.shape
+    for row in range(batch):
+        before = start[row]
+        for i in range(length):
+            t = length - 1 - i if reverse else i
+            x, h_t = gates[row, t], h[row, t]
+            x_n, x_z = x[:size], x[size:]
+            if mask[row, t]:
+                for d in range(size):
+                    h_t[d] = before[d] + sigmoid(x_z[d]) * (candidate(x_n[d]) - before[d])
+            else:
+                h_t[:] = before
+            before = h_t
+
+
+@compiled
+def min_gru_backward(
+    grad: Array, gates: Array, start: Array, mask: Array, reverse: bool, h: Array, grad_gates: Array, carry: Array
+) -> None:
+    """carry [B, D] is zero, and becomes the gradient of start."""
+    batch, length, size = h.shape
+    for row in range(batch):
+        c = carry[row]
+        for i in range(length - 1, -1, -1):
+            t = length - 1 - i if reverse else i
+            before = start[row] if i == 0 else h[row, t + 1 if reverse else t - 1]
+            g, x, dx = grad[row, t], gates[row, t], grad_gates[row, t]
+            x_n, x_z, dx_n, dx_z = x[:size], x[size:], dx[:size], dx[size:]
+            if mask[row, t]:
+                for d in range(size):
+                    dh, z, n = g[d] + c[d], sigmoid(x_z[d]), candidate(x_n[d])
+                    dx_z[d] = dh * (n - before[d]) * z * (ONE - z)
+                    dx_n[d] = dh * z * (ONE if x_n[d] >= ZERO else n * (ONE - n))
+                    c[d] = dh * (ONE - z)
             else:
                 dx[:] = 0
                 for d in range(size):
@@ -290,21 +343,41 @@ class DiagonalGRUScan(Function):
     @staticmethod
     def forward(ctx: Any, gates: Tensor, weight: Tensor, start: Tensor, mask: Tensor, reverse: bool) -> Tensor:
         gates, weight, start, mask = (tensor.contiguous() for tensor in (gates, weight, start, mask))
-        h, saved = gates.new_empty(*mask.shape, start.shape[-1]), torch.empty_like(gates)
-        diagonal_gru_forward(*arrays(gates, weight, start, mask), reverse, *arrays(h, saved))
-        ctx.save_for_backward(weight, start, mask, h, saved)
+        h = gates.new_empty(*mask.shape, start.shape[-1])
+        diagonal_gru_forward(*arrays(gates, weight, start, mask), reverse, *arrays(h))
+        ctx.save_for_backward(gates, weight, start, mask, h)
         ctx.reverse = reverse
         return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, start, mask, h, saved = ctx.saved_tensors
-        grad_gates, carry = torch.empty_like(saved), torch.zeros_like(start)
+        gates, weight, start, mask, h = ctx.saved_tensors
+        grad_gates, carry = torch.empty_like(gates), torch.zeros_like(start)
         grad_weight = weight.new_zeros(start.shape[0], *weight.shape)
-        given = arrays(grad.contiguous(), weight, start, mask)
-        diagonal_gru_backward(*given, ctx.reverse, *arrays(h, saved, grad_gates, grad_weight, carry))
+        given = arrays(grad.contiguous(), gates, weight, start, mask)
+        diagonal_gru_backward(*given, ctx.reverse, *arrays(h, grad_gates, grad_weight, carry))
         return grad_gates, grad_weight.sum(0), carry, None, None
+
+
+class MinGRUScan(Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, start: Tensor, mask: Tensor, reverse: bool) -> Tensor:
+        gates, start, mask = gates.contiguous(), start.contiguous(), mask.contiguous()
+        h = gates.new_empty(*mask.shape, start.shape[-1])
+        min_gru_forward(*arrays(gates, start, mask), reverse, *arrays(h))
+        ctx.save_for_backward(gates, start, mask, h)
+        ctx.reverse = reverse
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gates, start, mask, h = ctx.saved_tensors
+        grad_gates, carry = torch.empty_like(gates), torch.zeros_like(start)
+        given = arrays(grad.contiguous(), gates, start, mask)
+        min_gru_backward(*given, ctx.reverse, *arrays(h, grad_gates, carry))
+        return grad_gates, carry, None, None
 
 
 class GRUScan(Function):
@@ -357,6 +430,11 @@ def diagonal_gru(gates: Tensor, weight: Tensor, start: Tensor, mask: Tensor | No
     return DiagonalGRUScan.apply(gates, weight, start, everywhere(gates) if mask is None else mask, reverse)
 
 
+def min_gru(gates: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
+    """gates [B, T, 2D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
+    return MinGRUScan.apply(gates, start, everywhere(gates) if mask is None else mask, reverse)
+
+
 def gru(gates: Tensor, weight: Tensor, bias: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
     """gates [B, T, 3D], weight [3D, D], bias [3D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
     return GRUScan.apply(gates, weight, bias, start, everywhere(gates) if mask is None else mask, reverse)
@@ -366,4 +444,9 @@ def everywhere(gates: Tensor) -> Tensor:
     return torch.ones(gates.shape[:2], dtype=torch.bool)
 
 
-KERNELS: dict[str, Callable[..., Tensor]] = {"linear_scan": linear_scan, "diagonal_gru": diagonal_gru, "gru": gru}
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "linear_scan": linear_scan,
+    "diagonal_gru": diagonal_gru,
+    "min_gru": min_gru,
+    "gru": gru,
+}

@@ -135,10 +135,14 @@ class MinGRU(GRU):
 
     def fused(self, x: Tensor, state: GRUState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, GRUState]:
         """All positions [B, T, D] at once."""
-        a, b = self.coefficients(self.input_proj(x))
-        if mask is not None:
-            a, b = a.masked_fill(~mask[..., None], 1.0), b.masked_fill(~mask[..., None], 0.0)
-        h = linear_scan(a, b, state.h, reverse)
+        gates = self.input_proj(x)
+        if compiled := kernel("min_gru", gates, state.h):
+            h = compiled(gates, state.h, mask, reverse)
+        else:
+            a, b = self.coefficients(gates)
+            if mask is not None:
+                a, b = a.masked_fill(~mask[..., None], 1.0), b.masked_fill(~mask[..., None], 0.0)
+            h = linear_scan(a, b, state.h, reverse)
         return h.to(x.dtype), GRUState(last(h, reverse))
 
 
@@ -194,7 +198,7 @@ def scan(
     cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
     """h_t [B, T, D] and the last state, over inputs [B, T, D]; where mask [B, T] is False nothing changes."""
-    if can_fuse(cell, x) or can_compile(cell, x):
+    if x.shape[1] > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step is the cell itself
         return cell.fused(x, state, mask, reverse)
     return scan_reference(cell, x, state, mask, reverse)
 
