@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -73,7 +73,7 @@ class DeferredWeightGradients(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: dict[int, tuple[Ledger, Tensor, Tensor | None]] = {}
+        self.weights: dict[int, tuple] = {}  # by id, with the weight lest another takes its id
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs and self.takes(*args):
@@ -81,16 +81,16 @@ class DeferredWeightGradients(TorchFunctionMode):
             known = self.weights.get(id(weight))
             if known is None:
                 ledger = Ledger()
-                known = self.weights[id(weight)] = (ledger, *Deferred.apply(ledger, weight, bias))
-            return Step.apply(known[0], x, *known[1:])
+                known = self.weights[id(weight)] = (weight, bias, ledger, *Deferred.apply(ledger, weight, bias))
+            return Step.apply(known[2], x, *known[3:])
         return func(*args, **(kwargs or {}))
 
     @staticmethod
     def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-        """A trained parameter, not of a quantizer, that autocast doesn't copy first."""
+        """A weight that is trained, not of a quantizer, and that autocast doesn't copy first."""
         return (
             torch.is_grad_enabled()
-            and all(type(p) is torch.nn.Parameter and p.requires_grad for p in (weight, bias) if p is not None)
+            and all(type(p) in (Tensor, nn.Parameter) and p.requires_grad for p in (weight, bias) if p is not None)
             and x.dtype == weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
         )

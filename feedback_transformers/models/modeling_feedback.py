@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -150,26 +149,25 @@ class FeedbackModel(FeedbackPreTrainedModel):
         decoder = self.encoder if self.decoder is None else self.decoder
         return self.norm(decoder(h, context))
 
-    def token_table(self, device: torch.device) -> Tensor | None:
-        """E [V, D], where predicted tokens are fed back; through its module, so that adapters and hooks count."""
-        if self.config.feedback_signal != "output" or self.config.embedding_type != "tokens":
-            return None
-        return self.get_input_embeddings()(torch.arange(self.config.vocab_size, device=device))
-
-    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
-        """softmax(E y) E: the prediction of the head with tied embeddings, which this model is without its head."""
-        if table is None or not self.config.tie_word_embeddings:
-            raise ValueError(
-                "feedback_signal='output' feeds back a head's prediction: use a FeedbackFor... class, "
-                "or set tie_word_embeddings=True."
-            )
-        return (y @ table.t()).softmax(-1) @ table
-
     def predict(self, y: Tensor) -> Tensor:
         """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
         if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
-            raise ValueError("halting_measure='prediction' compares a head's predictions: use a FeedbackFor... class.")
-        return nn.functional.linear(y, cast(Tensor, self.get_input_embeddings().weight))
+            raise ValueError(
+                f"feedback_signal={self.config.feedback_signal!r} and halting_measure={self.config.halting_measure!r} "
+                "need a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
+            )
+        return nn.functional.linear(y, self.token_table(y.device).t())
+
+    def token_table(self, device: torch.device) -> Tensor:
+        """E [D, V], read through its module, so that adapters and hooks count."""
+        return self.get_input_embeddings()(torch.arange(self.config.vocab_size, device=device)).t()
+
+    def feed_tokens(self, predict: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+        """y -> softmax(logits) E, the prediction fed back; E is read once for all steps."""
+        if self.config.feedback_signal != "output":
+            return predict  # nothing will be fed back
+        table = self.token_table(device)
+        return lambda y: nn.functional.linear(predict(y).softmax(-1), table)
 
     @can_return_tuple
     def forward(
@@ -197,8 +195,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
                 [B, T, C].
             attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
             num_feedback_steps: passes of this call instead of the config's (depth axis, or the jacobi solver).
-            embed_output: a head's map from y and E (see token_table) to its prediction, embedded.
             predict: a head's map from y to its logits.
+            embed_output: a head's map from y to its prediction, embedded; without it that of tokens.
         """
         given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
         if len(given) != 1:
@@ -220,8 +218,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         every_step = bool(output_feedback_states or output_hidden_states)
         self.check_steps(cache, num_feedback_steps, every_step)
-        embed = partial(embed_output or self.embed_output, table=self.token_table(embedded.device))
-        readout = Readout(self.decode, embed, predict or self.predict)
+        predict = predict or self.predict
+        readout = Readout(self.decode, embed_output or self.feed_tokens(predict, embedded.device), predict)
         looped = self.loop(e, context, readout, num_feedback_steps, every_step)
         if cache is not None:
             cache.advance(context, keep_mask=self.config.has_attention)

@@ -37,6 +37,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
 
     embedding_type = "tokens"
     needs: dict[str, Any] = {}  # fields that the config must have
+    embed_output: Callable[[Tensor], Tensor] | None = None  # y [B, T, D] -> its prediction, fed back; None for tokens
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
@@ -55,10 +56,6 @@ class FeedbackHead(FeedbackPreTrainedModel):
 
     def predict(self, y: Tensor) -> Tensor:
         """y [B, T, D] -> logits [B, T, V]"""
-        raise NotImplementedError
-
-    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
-        """y [B, T, D] -> the prediction made of it, embedded back, [B, T, D]; `table` E [V, D] embeds tokens."""
         raise NotImplementedError
 
     def run(self, supervised: bool, **inputs: Any) -> FeedbackModelOutput:
@@ -123,10 +120,6 @@ class FeedbackLMHead(FeedbackHead):
     def predict(self, y: Tensor) -> Tensor:
         return self.lm_head(y)
 
-    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
-        """softmax(logits) E"""
-        return self.lm_head(y).softmax(-1) @ table
-
     def read(
         self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
     ) -> FeedbackOutput:
@@ -190,7 +183,7 @@ class FeedbackClassifier(FeedbackHead):
     def predict(self, y: Tensor) -> Tensor:
         return self.classifier(y)
 
-    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
+    def embed_output(self, y: Tensor) -> Tensor:
         """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""
         logits = self.classifier(y)
         if self.config.problem_type == "multi_label_classification":

@@ -43,7 +43,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
     def predict(self, y: Tensor) -> Tensor:
         raise ValueError("halting_measure='prediction' compares classes, and a series has none: use 'state'.")
 
-    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
+    def embed_output(self, y: Tensor) -> Tensor:
         return self.feedback(self.readout(y))
 
     @can_return_tuple

@@ -154,7 +154,7 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
     def num_outputs(self, config: FeedbackConfig) -> int:
         return 2
 
-    def embed_output(self, y: Tensor, table: Tensor | None) -> Tensor:
+    def embed_output(self, y: Tensor) -> Tensor:
         """Start and end are chosen among positions, so each position feeds back its two scores."""
         return self.feedback(self.classifier(y).sigmoid())
 
