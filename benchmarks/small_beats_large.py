@@ -35,15 +35,13 @@ SEEDS = (0, 1, 2)
 STEPS = range(1, 13)  # numbers of feedback steps that a feedback model is evaluated at
 SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
-    "intermediate_size": 208,
+    "intermediate_size": 248,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
-LARGE = {"intermediate_size": 252, "num_key_value_heads": 4, "num_hidden_layers": 8}
 FEEDBACK: dict[str, Any] = {
     "num_encoder_layers": 1,
-    "num_feedback_layers": 4,
+    "num_feedback_layers": 3,
     "num_decoder_layers": 0,
     "feedback_axis": "time",
     "solver": "jacobi",
@@ -51,13 +49,13 @@ FEEDBACK: dict[str, Any] = {
 }
 # The same for all models, found on a small feed-forward one; benchmarks/LOG.md has the search.
 RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 7e-3, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
-SAMPLED = (3, 6)  # feedback steps in training, see training.draw_steps
+SAMPLED = (3, 5)  # feedback steps in training, uniform
 
 
 def build(name: str, vocab_size: int) -> nn.Module:
     """`feedback`, `control` (the same parameters, feed-forward) or `large` (8 Llama layers, 1.85 times as many)."""
     if name == "large":
-        shape = {**SHAPE, **LARGE, "max_position_embeddings": LENGTH}
+        shape = {**SHAPE, "intermediate_size": 252, "num_hidden_layers": 8, "max_position_embeddings": LENGTH}
         return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocab_size))
     signal = {"feedback": "state", "control": "none"}[name]
     config = FeedbackConfig(

@@ -14,15 +14,14 @@ from ..models.feedback_loop import FeedbackLoop
 
 
 def draw_steps(step: int, minimum: int, maximum: int, seed: int = 0) -> int:
-    """The number of feedback steps of training step `step`: the smaller of two draws from [minimum, maximum].
+    """The number of feedback steps of training step `step`, uniform in [minimum, maximum].
 
-    So few steps, which cost least and which a model is worst at, come most often. The number depends on nothing but
-    the arguments, so that every process draws the same, and a resumed run what the uninterrupted one would have.
+    It depends on nothing but its arguments, so that every process draws the same, and a resumed run what the
+    uninterrupted one would have.
     """
     if not 1 <= minimum <= maximum:
         raise ValueError(f"minimum ({minimum}) and maximum ({maximum}) must be 1 <= minimum <= maximum.")
-    draws = random.Random(f"{seed}:{step}")
-    return min(draws.randint(minimum, maximum), draws.randint(minimum, maximum))
+    return random.Random(f"{seed}:{step}").randint(minimum, maximum)
 
 
 class SampleFeedbackSteps(TrainerCallback):
