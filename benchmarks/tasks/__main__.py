@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import arithmetic, parity, prefix_sums, programs, sudoku, swaps
+from . import arithmetic, parity, pondering, prefix_sums, programs, sudoku, swaps
 from .runner import SEEDS, Task
 
 ALL = (
@@ -20,6 +20,7 @@ ALL = (
     swaps.TASK,
     *arithmetic.TASKS,
     prefix_sums.TASK,
+    pondering.TASK,
     programs.TASK,
     *sudoku.TASKS,
 )

@@ -69,8 +69,8 @@ class Runs:
         return [line for line in self.lines if line["model"] == model]
 
     def values(self, model: str, metric: str) -> list[float]:
-        """The metric by seed."""
-        return [line["metrics"][metric] for line in self.of(model)]
+        """The metric by seed, of the runs that have it."""
+        return [line["metrics"][metric] for line in self.of(model) if metric in line["metrics"]]
 
     def reached(self, model: str, metric: str, least: float, seeds: int = len(SEEDS)) -> bool:
         """Whether that many seeds have run, and each reached it."""
@@ -238,6 +238,8 @@ def rate(step: int, total: int, warmup: float) -> float:
 
 
 def by_seed(values: list[float]) -> str:
+    if not values:
+        return ""
     return f"**{mean(values):.3f}** ({', '.join(f'{value:.3f}' for value in values)})"
 
 
