@@ -59,7 +59,7 @@ def checks(runs: Runs) -> dict[str, bool]:
     }
 
 
-SHAPE: Settings = {"hidden_size": 48, "initializer_range": 0.1}
+SHAPE: Settings = {"hidden_size": 48, "initializer_range": 0.05}
 DEPTH: Settings = {
     **SHAPE,
     "feedback_axis": "depth",
