@@ -113,7 +113,7 @@ SHAPE: Settings = {
 FEEDBACK: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers": 0, "num_feedback_layers": 1}
 LSTM: Settings = {"preset": "lstm", "feedback_signal": "state", "hidden_size": 64}
 MODELS: dict[str, Settings] = {
-    "feedback": {"kind": "feedback", "fields": FEEDBACK},
+    "feedback": {"kind": "feedback", "fields": FEEDBACK, "training": {"steps": 4000}},
     "feedback-mlp": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_type": "mlp", "num_feedback_layers": 2}},
     "feedback-lstm": {"kind": "feedback", "fields": LSTM},
     "control": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_signal": "none"}},
@@ -136,7 +136,7 @@ def task(name: str, title: str, generate: Generate, least: float, published: dic
         checks=reaching(least),
         evaluation={"lengths": TEST_LENGTHS, "sequences": 128},
         smoke={"lengths": [40], "sequences": 2},
-        training={"steps": 5000, "batch": 128, "easy": 0.2, "hard": 1.0, "stride": 0.01},
+        training={"steps": 8000, "batch": 128, "easy": 0.2, "hard": 1.0, "stride": 0.01},
         columns=("scaled accuracy",),
         published={f"{model} (Grazzi et al. 2024, best of 3)": (value,) for model, value in published.items()},
         x_label="tokens",

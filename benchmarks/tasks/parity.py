@@ -75,6 +75,7 @@ TASK = Task(
     evaluate=evaluate,
     models=MODELS,
     checks=checks,
+    training={"steps": 3000},
     evaluation={"lengths": TEST_LENGTHS, "sequences": 128},
     smoke={"lengths": [40], "sequences": 2},
     columns=("scaled accuracy",),

@@ -82,8 +82,12 @@ SHAPE: Settings = {
 FEEDBACK: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers": 0, "num_feedback_layers": 1}
 LSTM: Settings = {"preset": "lstm", "feedback_signal": "state", "hidden_size": 128}
 MODELS: dict[str, Settings] = {
-    "feedback": {"kind": "feedback", "fields": FEEDBACK},
-    "feedback-every-4": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_interval": 4}},
+    "feedback": {"kind": "feedback", "fields": FEEDBACK, "training": {"steps": 3000}},
+    "feedback-every-4": {
+        "kind": "feedback",
+        "fields": {**FEEDBACK, "feedback_interval": 4},
+        "training": {"steps": 3000},
+    },
     "control": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_signal": "none"}},
     "feedback-mlp": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_type": "mlp"}},
     "feedback-lstm": {"kind": "feedback", "fields": LSTM},
@@ -102,7 +106,7 @@ TASK = Task(
     evaluate=evaluate,
     models=MODELS,
     checks=checks,
-    training={"easy": 0.3, "hard": 2.0},
+    training={"steps": 5000, "easy": 0.3, "hard": 2.0},
     evaluation={"lengths": TEST_LENGTHS, "sequences": 512},
     smoke={"sequences": 1},
     columns=tuple(f"{length} operations" for length in TEST_LENGTHS),
