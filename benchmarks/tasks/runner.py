@@ -34,7 +34,7 @@ TRAINING: Settings = {
     "steps": 2000,
     "batch": 64,
     "optimizer": "adamw",  # or muon, for the matrices inside
-    "lr": 1e-3,
+    "lr": 1e-3,  # of AdamW; of Muon it is muon_lr
     "betas": (0.9, 0.999),
     "weight_decay": 0.01,
     "warmup": 0.05,  # share of the steps
