@@ -211,6 +211,14 @@ def test_learned_halting_is_pondernet():
     assert steps.min() < steps.max()
 
 
+def test_learned_halting_that_is_sure():
+    """A position that has stopped for certain leaves no probability to later passes, and no NaN in the gradient."""
+    model, batch = build(num_feedback_steps=4, halting="learned").train(), tokens()
+    torch.nn.init.constant_(model.model.loop.halting.halt_proj.bias, 200.0)
+    assert all(gradient.isfinite().all() for gradient in gradients(model, batch).values())
+    assert model.model(batch).halting_probabilities[1].max() == 0
+
+
 def test_act_reads_the_mean_of_its_states():
     """Graves' equations: passes until the λ sum up to the threshold, the last weight cut to the rest; N + R is
     paid."""

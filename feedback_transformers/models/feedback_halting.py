@@ -92,7 +92,8 @@ class LearnedHalting(nn.Module):
         passes = torch.arange(len(p), device=p.device)
         prior = (self.prior * (1 - self.prior) ** passes).float()
         log_prior = (prior / prior.sum()).log()[:, None, None]
-        return _mean((torch.xlogy(p, p) - p * log_prior).sum(dim=0), mask)
+        log_p = p.clamp(min=1e-12).log()  # p is 0 where λ is 1 before, and p log p has no gradient there
+        return _mean((p * (log_p - log_prior)).sum(dim=0), mask)
 
 
 class AdaptiveHalting(nn.Module):

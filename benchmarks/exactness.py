@@ -1,0 +1,192 @@
+"""What the solvers and gradient modes cost in exactness, on Shakespeare.
+
+    python -m benchmarks.exactness                  # all parts; a finished one is not repeated
+    python -m benchmarks.exactness --parts passes
+
+`passes`: passes of each solver until a tolerance, for a trained and an untrained model.
+`parallel`: training with a few parallel passes against training position by position.
+`gradients`: memory and error of the gradient modes, against the full gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.timing import versions
+from benchmarks.training import build, evaluate, held_out, train
+from feedback_transformers import FeedbackForCausalLM
+
+RESULTS = Path(__file__).parent / "results" / "exactness.jsonl"
+TIME: dict[str, Any] = {"feedback_axis": "time", "feedback_type": "transformer"}
+LENGTH, STEPS = 256, 300
+TOLERANCES = [10.0**-i for i in range(1, 7)]
+
+
+def trained(steps: int = 600) -> FeedbackForCausalLM:
+    """By 3 to 5 parallel passes over 128 characters."""
+    model = build(**TIME, solver="jacobi", gradient_steps=3)
+    train(model, steps, 128, sampled=(3, 5))
+    return model
+
+
+def passes() -> dict[str, Any]:
+    """Passes over 128 positions until no signal changes by more than the tolerance; rows of 4 texts."""
+    rows, counts = held_out(128, 4)[:, :-1], {}
+    for name, model in (("untrained", build(**TIME, solver="jacobi").eval()), ("trained", trained())):
+        for solver, block in (("jacobi", 0), ("gauss_seidel", 32), ("gauss_seidel", 8)):
+            config = model.config
+            config.solver, config.solver_block_size, config.solver_steps = solver, block or 16, 200
+            numbers = []
+            for tolerance in TOLERANCES:
+                config.solver_tolerance = tolerance
+                with torch.no_grad():
+                    numbers.append(int(model(rows, use_cache=False).num_feedback_steps.max()))
+            counts[f"{name}, {solver}" + (f", blocks of {block}" if block else "")] = numbers
+    return {"tolerances": TOLERANCES, "passes": counts}
+
+
+def parallel() -> dict[str, Any]:
+    """The same model, data and steps; one trains in order, one by 3 to 5 parallel passes. Both are then evaluated in
+    order, which is how a text is generated."""
+    rows = held_out(LENGTH, 64)
+    found: dict[str, dict[str, Any]] = {}
+    runs: list[tuple[str, dict[str, Any], tuple[int, int] | None]] = [
+        ("sequential", {"solver": "sequential"}, None),
+        ("jacobi", {"solver": "jacobi", "gradient_steps": 3}, (3, 5)),
+    ]
+    for name, fields, sampled in runs:
+        model = build(**TIME, **fields)
+        seconds = train(model, STEPS, LENGTH, sampled=sampled)
+        here = {"seconds": seconds, "loss": evaluate(model, rows)[0]}
+        if sampled:
+            here["loss at 4 passes"] = evaluate(model, rows, num_feedback_steps=4)[0]
+            model.config.solver = "sequential"
+            here["loss"] = evaluate(model, rows)[0]
+        found[name] = here
+    one, other = found["sequential"], found["jacobi"]
+    checks = {
+        "loss within 1 %": other["loss"] <= 1.01 * one["loss"],
+        "5 times the speed": one["seconds"] >= 5 * other["seconds"],
+        "in order as in passes, perplexity within 1 %": abs(other["loss"] - other["loss at 4 passes"])
+        < math.log(1.01),
+    }
+    return {**found, "checks": checks}
+
+
+def gradients() -> dict[str, Any]:
+    """8 passes in depth, one batch of 8 x 128 characters: the peak of what torch allocates, and the relative error of
+    the gradient of all weights, |g - full| / |full|, with its cosine; of a trained model."""
+    full = build(feedback_axis="depth", num_feedback_steps=8)
+    train(full, 300, 128, sampled=(2, 8))
+    rows, reference = held_out(128, 8), None
+    found: dict[str, Any] = {}
+    modes: dict[str, dict[str, Any]] = {
+        "full": {},
+        "last 4": {"gradient_steps": 4},
+        "last 2": {"gradient_steps": 2},
+        "one step": {"gradient_steps": 1},
+        "deep supervision": {"supervision": "all"},
+        "full, checkpointed": {},
+    }
+    for name, fields in modes.items():
+        model = copy.deepcopy(full).train()
+        for field, value in fields.items():
+            setattr(model.config, field, value)
+        if "checkpointed" in name:
+            model.activation_checkpointing_enable()
+        with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as events:
+            model(rows[:, :-1], labels=rows[:, :-1], use_cache=False).loss.backward()
+        current = peak = 0
+        for event in events.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                current += event.nbytes()
+                peak = max(peak, current)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        reference = gradient if reference is None else reference
+        error = ((gradient - reference).norm() / reference.norm()).item()
+        cosine = torch.cosine_similarity(gradient, reference, dim=0).item()
+        found[name] = {"peak MB": round(peak / 2**20, 1), "error": round(error, 4), "cosine": round(cosine, 4)}
+    return found
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {"passes": passes, "gradients": gradients, "parallel": parallel}
+
+
+def finished() -> dict[str, dict[str, Any]]:
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    return {line["part"]: line for line in map(json.loads, lines)}
+
+
+def report() -> bool:
+    """Prints the tables and draws passes against tolerance; True where every check passed."""
+    known = finished()
+    if "passes" in known:
+        print("| passes until a tolerance of |", " | ".join(f"{t:.0e}" for t in TOLERANCES), "|")
+        print("|---" * (len(TOLERANCES) + 1) + "|")
+        for name, numbers in known["passes"]["passes"].items():
+            print("|", name, "|", " | ".join(map(str, numbers)), "|")
+        plot(known["passes"])
+    if "gradients" in known:
+        print("\n| gradient | peak MB | error | cosine |\n|---|---|---|---|")
+        for name, row in known["gradients"].items():
+            if isinstance(row, dict) and "cosine" in row:
+                print("|", name, "|", " | ".join(map(str, row.values())), "|")
+    checks = {}
+    if "parallel" in known:
+        checks = known["parallel"]["checks"]
+        print()
+        for name in ("sequential", "jacobi"):
+            print(name, known["parallel"][name])
+        for sentence, reached in checks.items():
+            print(f"{'pass' if reached else 'FAIL'}  {sentence}")
+    return len(known) == len(PARTS) and all(checks.values())
+
+
+def plot(line: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for name, numbers in line["passes"].items():
+        axes.plot(
+            line["tolerances"], numbers, marker="o", linestyle="--" if name.startswith("un") else "-", label=name
+        )
+    axes.set(xscale="log", xlabel="tolerance", ylabel="passes over 128 positions", title="Solving feedback in time")
+    axes.invert_xaxis()
+    axes.legend()
+    figure.savefig(RESULTS.with_name("passes.png"), dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    for part in [] if arguments.report else arguments.parts:
+        if part not in finished():
+            found = PARTS[part]()
+            line = {
+                "part": part,
+                **found,
+                "threads": torch.get_num_threads(),
+                "load": os.getloadavg(),
+                "versions": versions(),
+            }
+            RESULTS.parent.mkdir(exist_ok=True)
+            with RESULTS.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+    raise SystemExit(0 if report() else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A short training run on the characters of Shakespeare, for the benchmarks that need a trained model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from benchmarks.small_beats_large import RECIPE, characters, optimizers, schedule
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
+from feedback_transformers.training import draw_steps
+
+
+def build(seed: int = 0, **fields: Any) -> FeedbackForCausalLM:
+    """A model of characters: two layers of width 64 in the loop, one before it."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "tie_word_embeddings": False}
+    layers = {"num_encoder_layers": 1, "num_feedback_layers": 2, "num_decoder_layers": 0}
+    vocab_size = characters()[2]
+    model = FeedbackForCausalLM(
+        FeedbackConfig(**{**shape, **layers, "vocab_size": vocab_size, "max_position_embeddings": 512, **fields})
+    )
+    nn.init.normal_(cast(Tensor, model.get_input_embeddings().weight), std=RECIPE["embedding_std"])
+    return model
+
+
+def train(
+    model: FeedbackForCausalLM,
+    steps: int,
+    length: int,
+    batch: int = 8,
+    sampled: tuple[int, int] | None = None,
+    seed: int = 0,
+    callback: Callable[[int, float], None] | None = None,
+) -> float:
+    """Trains in place with the recipe of small_beats_large; the seconds it took."""
+    data, both = characters()[0], optimizers(model.train())
+    generator, start = torch.Generator().manual_seed(1000 + seed), time.time()
+    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
+    for step in tqdm(range(steps), mininterval=10):
+        starts = torch.randint(0, len(data) - length - 1, (batch,), generator=generator)
+        rows = data[starts[:, None] + torch.arange(length + 1)]
+        drawn = {} if sampled is None else {"num_feedback_steps": draw_steps(step, *sampled, seed)}
+        loss = model(
+            rows[:, :-1], shift_labels=rows[:, 1:].contiguous(), labels=rows[:, 1:], use_cache=False, **drawn
+        ).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, lrs in zip(both, rates, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * schedule(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+        if callback is not None:
+            callback(step, loss.item())
+    model.eval()
+    return time.time() - start
+
+
+def held_out(length: int, sequences: int) -> Tensor:
+    """Rows [sequences, length + 1] spread evenly over the held-out tenth."""
+    rest = characters()[1]
+    starts = torch.linspace(0, len(rest) - length - 2, sequences).long()
+    return rest[starts[:, None] + torch.arange(length + 1)]
+
+
+@torch.no_grad()
+def evaluate(model: FeedbackForCausalLM, rows: Tensor, **arguments: Any) -> tuple[float, float | None]:
+    """Mean nats per character of rows [N, T + 1], and the mean number of passes where a position may stop early."""
+    losses, steps = [], []
+    for part in rows.split(16):
+        outputs = model(part[:, :-1], use_cache=False, **arguments)
+        losses.append(
+            nn.functional.cross_entropy(outputs.logits.flatten(0, 1), part[:, 1:].flatten()).item() * len(part)
+        )
+        if outputs.num_feedback_steps is not None:
+            steps.append(outputs.num_feedback_steps.float().mean().item() * len(part))
+    return sum(losses) / len(rows), sum(steps) / len(rows) if steps else None
