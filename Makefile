@@ -33,7 +33,9 @@ format: $(READY)
 	$(VENV)/bin/ruff format .
 
 bench: $(READY)
-	$(PYTHON) -m benchmarks.small_beats_large
+	$(PYTHON) -m pip install --quiet --editable ".[bench]" --constraint constraints.txt
+	$(PYTHON) -m pip install --quiet --no-deps kaidoku==1.0.1
+	$(PYTHON) -m benchmarks
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

@@ -20,6 +20,7 @@ from minGRU_pytorch import minGRU
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import benchmarks.speed_models  # noqa: F401  (enters its cases)
 from benchmarks.timing import CASES, Result, at_least, at_most, case, ratio, run
 from feedback_transformers.models.feedback_scan import RECURRENCES, scan, scan_reference
 
