@@ -260,7 +260,8 @@ class FeedbackLoop(nn.Module):
         """Position by position, or chunk by chunk of `feedback_interval`: exact, and what decoding does."""
         if context.cache is None:  # the cell's memory of this call
             context = replace(context, cache=FeedbackCache())
-        with nullcontext() if torch.compiler.is_compiling() else DeferredWeightGradients():
+        defers = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with DeferredWeightGradients() if defers else nullcontext():
             h, y, held = self.sweep(e, None, context, readout, 0, self.config.feedback_interval)
         if self.config.feedback_signal != "none":
             context.at("signal", 0).keep((held,))
