@@ -152,6 +152,9 @@ def test_what_the_kernels_are_given(kind, way):
     assert_close(gradients(scan), gradients(scan_reference), TOLERANCE)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning"
+)  # a trace is of one length
 def test_what_does_not_go_to_a_kernel():
     """Other types, tensors without memory, and whatever follows the operations of torch."""
     x = torch.randn(2, 5, SIZE)
