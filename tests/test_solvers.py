@@ -6,7 +6,14 @@ from conftest import assert_close, build, each_cell, pad, tokens
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
-from feedback_transformers import FeedbackForSequenceClassification
+from feedback_transformers import (
+    FeedbackForCausalLM,
+    FeedbackForMaskedLM,
+    FeedbackForQuestionAnswering,
+    FeedbackForSequenceClassification,
+    FeedbackForTimeSeriesPrediction,
+    FeedbackForTokenClassification,
+)
 from feedback_transformers.models.configuration_feedback import DIAGONAL_TYPES, RECURRENT_TYPES
 from feedback_transformers.models.feedback_gradients import DeferredWeightGradients, Ledger
 
@@ -44,6 +51,15 @@ def test_gauss_seidel_equals_sequential(cell, signal, interval, block):
     sequential, batch = build(**TIME, **fields), tokens(2, 9)
     passes = 1 if block == 1 else 9
     blocks = with_weights_of(sequential, **BLOCKS, solver_block_size=block, solver_steps=passes, **fields)
+    assert_agree(blocks, sequential, batch)
+
+
+@each_cell
+def test_gauss_seidel_of_a_bidirectional_model(cell):
+    """Only its loop goes along time, so blocks remember the blocks before them without a cache of the caller."""
+    fields = {"is_causal": False, "feedback_type": cell}
+    sequential, batch = build(FeedbackForMaskedLM, **TIME, **fields), tokens(2, 9)
+    blocks = with_weights_of(sequential, **BLOCKS, solver_block_size=4, solver_steps=9, **fields)
     assert_agree(blocks, sequential, batch)
 
 
@@ -219,6 +235,25 @@ def test_learned_halting_that_is_sure():
     assert model.model(batch).halting_probabilities[1].max() == 0
 
 
+def test_learned_halting_in_a_single_pass():
+    """It is certain to stop there, and costs nothing."""
+    model, batch = build(halting="learned").train(), tokens()
+    outputs = model(batch, labels=batch, num_feedback_steps=1)
+    expected = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+    assert_close(outputs.loss, expected, 1e-6)
+
+
+def test_learned_halting_of_masked_tokens():
+    """Labels stand beside their logits, and aren't shifted."""
+    fields = {"is_causal": False, "halting": "learned", "halting_weight": 0.0}
+    model, batch = build(FeedbackForMaskedLM, **fields).train(), tokens()
+    outputs, expected = model.model(batch), torch.zeros(())
+    for y, p in zip(outputs.feedback_states, outputs.halting_probabilities, strict=True):
+        losses = F.cross_entropy(model.lm_head(y).transpose(1, 2), batch, reduction="none")
+        expected = expected + (losses * p).mean()
+    assert_close(model(batch, labels=batch).loss, expected, 1e-6)
+
+
 def test_act_reads_the_mean_of_its_states():
     """Graves' equations: passes until the λ sum up to the threshold, the last weight cut to the rest; N + R is
     paid."""
@@ -281,16 +316,51 @@ def test_learned_halting_of_a_classifier():
     regression = build(FeedbackForSequenceClassification, **{**fields, "num_labels": 1}).train()
     with pytest.raises(ValueError, match="use 'act'"):
         regression(batch, labels=torch.rand(3))
+    with pytest.raises(ValueError, match="use 'act'"):
+        model(batch, labels=torch.eye(3))
+
+
+def test_predictions_in_training():
+    """Training makes all passes, and so needs the prediction of the last alone."""
+    model, calls = build(halting_measure="prediction", **CONVERGED), []
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    model.train()(tokens())
+    assert len(calls) == 1
+
+
+def test_predictions_without_classes():
+    prediction = {"halting": "converged", "halting_measure": "prediction"}
+    with pytest.raises(ValueError, match="halting_measure='state'"):
+        build(FeedbackForTimeSeriesPrediction, embedding_type="values", num_channels=1, **prediction)
+    with pytest.raises(ValueError, match="halting_measure='state'"):
+        build(FeedbackForQuestionAnswering, **prediction)
+    with pytest.raises(ValueError, match="use 'state'"):
+        build(FeedbackForSequenceClassification, num_labels=1, **prediction)
+
+
+def test_settings_of_other_rules():
+    """What would be ignored is refused; whole numbers are numbers."""
+    with pytest.raises(ValueError, match="use halting='converged'"):
+        build(solver_tolerance=1e-3)
+    with pytest.raises(ValueError, match="is for 'converged'"):
+        build(halting="act", halting_measure="prediction")
+    build(halting="act", halting_weight=0, halting_threshold=1)
 
 
 @pytest.mark.parametrize("halting", ["learned", "act"])
-def test_gradient_accumulation_with_halting(halting):
-    """Two halves of a batch give the gradient of the whole."""
-    model, batch = build(halting=halting, halting_weight=0.5).train(), tokens(4)
-    whole = gradients(model, batch, num_items_in_batch=4 * 12)
+@pytest.mark.parametrize("head", [FeedbackForCausalLM, FeedbackForMaskedLM, FeedbackForTokenClassification])
+def test_gradient_accumulation_with_halting(head, halting):
+    """Two halves of a batch give the gradient of the whole, whose items Trainer counts as the loss does."""
+    fields = {"halting": halting, "halting_weight": 0.5, "is_causal": head is FeedbackForCausalLM}
+    model, batch = build(head, num_labels=50, **fields).train(), tokens(4)
+    items = 4 * (12 if head is FeedbackForCausalLM else 13)
+    whole = gradients(model, batch, num_items_in_batch=items)
+    plain = gradients(model, batch)
+    for name in whole:
+        torch.testing.assert_close(whole[name], plain[name], atol=1e-6, rtol=1e-3, msg=name)
     model.zero_grad()
     for half in batch.split(2):
-        model(half, labels=half, num_items_in_batch=4 * 12).loss.backward()
+        model(half, labels=half, num_items_in_batch=items).loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, whole[name], atol=1e-6, rtol=1e-3, msg=name)
 
@@ -335,3 +405,56 @@ def test_deferred_twice():
     loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, 2 * expected[name], atol=1e-6, rtol=1e-4, msg=name)
+
+
+def test_deferred_after_other_gradients():
+    """What a backward for the inputs alone has left is not added to the next one's, nor kept alive by itself."""
+    model, batch = build(**TIME), tokens()
+    embedded = model.get_input_embeddings()(batch).detach().requires_grad_()
+
+    def loss():
+        return model(inputs_embeds=embedded, labels=batch).loss
+
+    parameters = dict(model.model.loop.named_parameters())
+    expected = torch.autograd.grad(loss(), list(parameters.values()))
+    again = loss()
+    torch.autograd.grad(again, embedded, retain_graph=True)
+    torch.autograd.grad(again, model.model.loop.connection.gate_proj.bias, retain_graph=True)
+    for name, *pair in zip(parameters, torch.autograd.grad(again, list(parameters.values())), expected, strict=True):
+        torch.testing.assert_close(*pair, msg=name)
+
+
+@pytest.mark.parametrize("transform", ["twice", "func"])
+def test_deferred_gradients_of_gradients(transform):
+    """As without deferring: the gradient of a penalty on the gradient, and torch.func."""
+    model, batch = build(**TIME, feedback_type="mlp", decoder_type="mlp", encoder_type="cnn"), tokens()
+    parameters = dict(model.named_parameters())
+
+    def loss(weights):
+        arguments = {"labels": batch, "use_cache": False}
+        return torch.func.functional_call(model, weights, (batch,), arguments).loss
+
+    def run():
+        if transform == "func":
+            return torch.func.grad(loss)(parameters)
+        first = torch.autograd.grad(loss(parameters), list(parameters.values()), create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        return dict(zip(parameters, torch.autograd.grad(penalty, list(parameters.values())), strict=True))
+
+    actual = run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DeferredWeightGradients, "takes", staticmethod(lambda *args: False))
+        expected = run()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_deferred_weight_with_two_biases():
+    weight, *biases = (torch.randn(*shape, requires_grad=True) for shape in ((3, 4), (3,), (3,)))
+    x = torch.randn(2, 4)
+    with DeferredWeightGradients():
+        actual = [F.linear(x, weight, bias) for bias in biases]
+    for y, bias in zip(actual, biases, strict=True):
+        assert_close(y, F.linear(x, weight, bias), 1e-6)
+    sum(y.square().sum() for y in actual).backward()
+    assert_close(weight.grad, sum(2 * y.detach().t() @ x for y in actual), 1e-5)

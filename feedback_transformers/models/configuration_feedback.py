@@ -239,14 +239,14 @@ class FeedbackConfig(PreTrainedConfig):
     solver: str = "sequential"
     solver_steps: int = 4
     solver_block_size: int = 16
-    solver_tolerance: float | None = None
+    solver_tolerance: float | int | None = None
     gradient_steps: int | None = None
     supervision: str = "last"
     halting: str = "fixed"
     halting_measure: str = "state"
-    halting_threshold: float | None = None
+    halting_threshold: float | int | None = None
     halting_prior: float = 0.2
-    halting_weight: float = 0.01
+    halting_weight: float | int = 0.01
 
     tie_word_embeddings: bool = True
     share_encoder_decoder: bool = False
@@ -388,6 +388,10 @@ class FeedbackConfig(PreTrainedConfig):
                 f"solver={self.solver!r} is for feedback_axis='time'; in depth use 'sequential', pass by pass.",
             ),
             (
+                self.solver_tolerance is not None and self.feedback_axis == "depth",
+                "solver_tolerance is for the solvers of feedback_axis='time'; in depth use halting='converged'.",
+            ),
+            (
                 self.solver == "newton"
                 and (self.feedback_type not in DIAGONAL_TYPES or self.feedback_signal != "none"),
                 "solver='newton' solves recurrences of single channels: it needs feedback_signal='none' and a "
@@ -415,6 +419,10 @@ class FeedbackConfig(PreTrainedConfig):
                 and self.decoder_type == "rnn"
                 and (self.feedback_signal == "output" or self.halting_measure == "prediction"),
                 f"halting={self.halting!r} with a decoder in the loop needs decoder_type='mlp' or 'transformer'.",
+            ),
+            (
+                self.halting in ("learned", "act") and self.halting_measure != "state",
+                f"halting={self.halting!r} reads the state; halting_measure='prediction' is for 'converged'.",
             ),
             (
                 self.halting == "learned" and (self.gradient_steps is not None or self.supervision != "last"),

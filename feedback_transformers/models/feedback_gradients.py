@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +20,14 @@ class Ledger:
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.gradients: list[Tensor] = []
+        self.call = -1  # the backward they are of
+
+    def opened(self) -> Ledger:
+        """Without what an earlier backward left, which asked for other gradients than this weight's."""
+        call = torch._C._current_graph_task_id()
+        if call != self.call:
+            self.call, self.inputs, self.gradients = call, [], []
+        return self
 
     def settle(self) -> tuple[Tensor, Tensor]:
         """The gradients [out, in] of the weight and [out] of the bias; then the ledger is empty."""
@@ -30,24 +37,28 @@ class Ledger:
 
 
 class Deferred(torch.autograd.Function):
-    """A weight, whose gradient is what the ledger holds once the backward of all its steps has run."""
+    """A weight, whose gradient is what the ledger holds once the backward of all its steps has run, and what these
+    gave it themselves."""
 
     @staticmethod
     def forward(ctx: Any, ledger: Ledger, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         ctx.ledger, ctx.has_bias = ledger, bias is not None
+        ctx.set_materialize_grads(False)
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *_: Any) -> tuple[None, Tensor | None, Tensor | None]:
-        if not ctx.ledger.inputs:
-            return None, None, None
-        weight, bias = ctx.ledger.settle()
+    def backward(ctx: Any, *given: Tensor | None) -> tuple[None, Tensor | None, Tensor | None]:
+        if not ctx.ledger.opened().inputs:
+            return None, given[0], given[1]
+        weight, bias = (s if g is None else s + g for s, g in zip(ctx.ledger.settle(), given, strict=True))
         return None, weight, bias if ctx.has_bias else None
 
 
 class Step(torch.autograd.Function):
-    """x W^T + b at one step; its backward gives the gradient of x, and enters the rest into the ledger."""
+    """x W^T + b at one step; its backward gives the gradient of x, and enters the rest into the ledger.
+
+    Where gradients are to have gradients (create_graph=True), it gives all of them, as a linear layer does.
+    """
 
     @staticmethod
     def forward(ctx: Any, ledger: Ledger, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -56,13 +67,16 @@ class Step(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        ctx.ledger.inputs.append(x.flatten(0, -2))
-        ctx.ledger.gradients.append(gradient.flatten(0, -2))
-        return None, gradient @ weight if ctx.needs_input_grad[1] else None, None, None
+        to_x = gradient @ weight if ctx.needs_input_grad[1] else None
+        x, gradient = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        if torch.is_grad_enabled():
+            return None, to_x, gradient.t() @ x, gradient.sum(dim=0) if ctx.needs_input_grad[3] else None
+        ledger = ctx.ledger.opened()
+        ledger.inputs.append(x.detach())
+        ledger.gradients.append(gradient)
+        return None, to_x, None, None
 
 
 class DeferredWeightGradients(TorchFunctionMode):
@@ -73,15 +87,16 @@ class DeferredWeightGradients(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: dict[int, tuple] = {}  # by id, with the weight lest another takes its id
+        self.weights: dict[tuple[int, int], tuple] = {}  # by ids of weight and bias, kept lest others take their ids
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs and self.takes(*args):
             x, weight, bias = (*args, None)[:3]
-            known = self.weights.get(id(weight))
+            pair = id(weight), id(bias)
+            known = self.weights.get(pair)
             if known is None:
                 ledger = Ledger()
-                known = self.weights[id(weight)] = (weight, bias, ledger, *Deferred.apply(ledger, weight, bias))
+                known = self.weights[pair] = (weight, bias, ledger, *Deferred.apply(ledger, weight, bias))
             return Step.apply(known[2], x, *known[3:])
         return func(*args, **(kwargs or {}))
 
@@ -93,4 +108,5 @@ class DeferredWeightGradients(TorchFunctionMode):
             and all(type(p) in (Tensor, nn.Parameter) and p.requires_grad for p in (weight, bias) if p is not None)
             and x.dtype == weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
+            and not torch._C._are_functorch_transforms_active()
         )

@@ -118,10 +118,10 @@ class FeedbackLoop(nn.Module):
         config, grad = self.config, torch.is_grad_enabled()
         if grad:  # keys kept from a pass without gradient, or within a checkpoint, would lose it
             context = replace(context, cross_attention=None)
-        stops = self.halting is not None and (self.halting.in_training or not self.training)
+        stops, reads_prediction = self.stops, self.stops and self.halting.reads_prediction
         if stops and self.gradient_checkpointing and self.training:
             raise ValueError("halting='act' can't be trained with gradient checkpointing: disable one of them.")
-        if context.cache is None and config.is_causal and (stops or config.solver == "gauss_seidel"):
+        if context.cache is None and (config.solver == "gauss_seidel" or (stops and config.is_causal)):
             context = replace(context, cache=FeedbackCache())  # of this call
         progress = None if self.halting is None else begin(e, context.mask)
         every_step = every_step or (config.halting == "learned" and self.training)  # it weighs their losses
@@ -139,7 +139,7 @@ class FeedbackLoop(nn.Module):
                 now = self.some_passes(e, before, here, readout, range(number, stop), passes, every_step)
                 if progress is not None:
                     progress.num_steps = progress.num_steps + progress.running
-                    logits = readout.predict(now.y) if self.halting.reads_prediction else None
+                    logits = readout.predict(now.y) if reads_prediction else None
                     self.halting(progress, now.h, None if before is None else before.h, logits, stop == passes)
             made = [*made, now] if every_step else [now]
             number, steps = stop, steps + 1
@@ -155,6 +155,11 @@ class FeedbackLoop(nn.Module):
             return LoopOutput(states, outputs, None if fixed else torch.full_like(context.position_ids, steps))
         loss = self.halting.loss(progress, context.mask)
         return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss)
+
+    @property
+    def stops(self) -> bool:
+        """Whether positions may stop before the last pass."""
+        return self.halting is not None and bool(self.halting.in_training or not self.training)
 
     def segment(self, passes: int) -> int:
         """How many passes to checkpoint as one, of those with a gradient: about as many as there are such segments.
@@ -199,7 +204,7 @@ class FeedbackLoop(nn.Module):
             h, state = self.checkpoint(self.step, e, shifted, state, context, number)
         if context.running is not None and before is not None:
             h = torch.where(context.running[..., None], h, before.h)
-        reads_prediction = self.halting is not None and self.halting.reads_prediction
+        reads_prediction = self.stops and self.halting.reads_prediction
         if y is None and (reads_prediction or (not last and (wanted or by_output))):
             y = readout.decode(h, context.at("decoder", number))
         now = Pass(h, state, y)

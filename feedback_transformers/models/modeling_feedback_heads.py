@@ -82,7 +82,8 @@ class FeedbackHead(FeedbackPreTrainedModel):
                 raise ValueError(
                     f"{type(self).__name__} can't be trained with halting='learned': use another halting."
                 )
-            steps = zip(outputs.feedback_states or (), outputs.halting_probabilities, strict=True)
+            states = outputs.feedback_states or (outputs.last_hidden_state,)
+            steps = zip(states, outputs.halting_probabilities, strict=True)
             total = torch.stack([losses(y, p) for y, p in steps]).sum()
         else:
             supervised: tuple[Tensor, ...] = (outputs.last_hidden_state,)
@@ -136,9 +137,7 @@ class FeedbackLMHead(FeedbackHead):
             def weighted(y: Tensor, p: Tensor) -> Tensor:
                 return token_loss(self.lm_head(y), p, labels, **kwargs)
 
-            total = kwargs.get("num_items_in_batch")
-            share = 1.0 if total is None else (labels != -100).sum() / total
-            loss = self.mean_loss(step_loss, outputs, weighted, share)
+            loss = self.mean_loss(step_loss, outputs, weighted, share_of_batch(labels, **kwargs))
         return FeedbackOutput(
             loss=loss,
             logits=logits,
@@ -165,6 +164,19 @@ def token_loss(
     return (losses * weight).sum() / total
 
 
+def share_of_batch(
+    labels: Tensor,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **kwargs: Any,
+) -> Tensor | float:
+    """How many of all targets, of which the loss is the mean, stand in this call."""
+    if num_items_in_batch is None:
+        return 1.0
+    targets = labels[:, 1:] if shift_labels is None else shift_labels
+    return (targets != -100).sum() / num_items_in_batch
+
+
 class FeedbackClassifier(FeedbackHead):
     """A linear readout of `num_labels`; a subclass says what it reads and pools."""
 
@@ -173,9 +185,16 @@ class FeedbackClassifier(FeedbackHead):
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         self.num_labels = self.num_outputs(config)
+        if config.halting_measure == "prediction" and not self.single_label:
+            raise ValueError("halting_measure='prediction' compares a choice among classes: use 'state'.")
         self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.feedback = self.way_back(self.num_labels)
         self.post_init()
+
+    @property
+    def single_label(self) -> bool:
+        """Whether a prediction is a choice among classes, as far as the config says."""
+        return self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
 
     def num_outputs(self, config: FeedbackConfig) -> int:
         return len(cast(dict, config.id2label))
@@ -210,7 +229,7 @@ class FeedbackClassifier(FeedbackHead):
         if labels is not None:
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
-                if self.config.problem_type not in (None, "single_label_classification") or self.num_labels == 1:
+                if not self.single_label or labels.is_floating_point():
                     raise ValueError("halting='learned' needs a single-label problem: use 'act'.")
                 losses = F.cross_entropy(pooled_logits(y).float(), labels, reduction="none")
                 return (losses * self.pool(p[..., None], mask).squeeze(-1)).mean()

@@ -32,16 +32,13 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
     main_input_name = "past_values"
     accepts_loss_kwargs = False
     embedding_type = "values"
-    needs = {"is_causal": True}
+    needs = {"is_causal": True, "halting_measure": "state"}  # which compares classes, and a series has none
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         self.readout = nn.Linear(config.hidden_size, config.num_channels)
         self.feedback = self.way_back(config.num_channels)
         self.post_init()
-
-    def predict(self, y: Tensor) -> Tensor:
-        raise ValueError("halting_measure='prediction' compares classes, and a series has none: use 'state'.")
 
     def embed_output(self, y: Tensor) -> Tensor:
         return self.feedback(self.readout(y))

@@ -18,6 +18,7 @@ from .modeling_feedback_heads import (
     FeedbackGenerationMixin,
     FeedbackLMHead,
     FeedbackOutput,
+    share_of_batch,
     token_loss,
 )
 
@@ -81,7 +82,7 @@ class FeedbackForMaskedLM(FeedbackLMHead):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return self.read(outputs, labels, **kwargs)
+        return self.read(outputs, labels, **kwargs, shift_labels=labels)  # they stand beside their logits
 
 
 class FeedbackForSequenceClassification(FeedbackClassifier):
@@ -127,6 +128,7 @@ class FeedbackForTokenClassification(FeedbackClassifier):
                 lambda y: self.loss_function(self.classifier(y), labels, self.config, **kwargs),
                 outputs,
                 lambda y, p: token_loss(self.classifier(y), p, labels, shift_labels=labels, **kwargs),
+                share_of_batch(labels, shift_labels=labels, **kwargs),
             )
         return FeedbackOutput(
             loss=loss,
@@ -150,6 +152,8 @@ class FeedbackQuestionAnsweringOutput(ModelOutput):
 
 class FeedbackForQuestionAnswering(FeedbackClassifier):
     """The start and the end of an answer in the text."""
+
+    needs = {"halting_measure": "state"}  # classes are positions here, and no position has a prediction of its own
 
     def num_outputs(self, config: FeedbackConfig) -> int:
         return 2
