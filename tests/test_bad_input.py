@@ -40,7 +40,7 @@ CONFIGS = [
     ({"feedback_noise": -0.1}, "feedback_noise is -0.1; it must be 0 or more"),
     ({"pad_token_id": 50}, "pad_token_id is 50; it must be at least 0 and below vocab_size"),
     ({"pad_token_id": -1}, "pad_token_id is -1; it must be at least 0 and below vocab_size"),
-    ({"solver": "jacobi"}, "use that"),
+    ({"solver": "jacobi"}, "in depth use 'sequential'"),
     ({"feedback_interval": 2}, "it needs feedback_axis='time'; set it to 1"),
     ({"feedback_connection": "memory"}, "needs feedback_type='transformer', feedback_axis='time'"),
     ({"feedback_connection": "memory", "feedback_axis": "time", "feedback_interval": 2}, "set feedback_interval=1"),
