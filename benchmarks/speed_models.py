@@ -150,16 +150,15 @@ def depth_memory() -> Result:
 # Other packages, at the same sizes
 
 
-def shared_memory() -> tuple[Any, Any]:
+def shared_memory(**more: Any) -> tuple[Any, Any]:
     """The Feedback Transformer, 4 layers: ours, and feedback-transformer-pytorch."""
     theirs = FeedbackTransformer(num_tokens=256, dim=WIDTH, depth=4, seq_len=1, mem_len=256, heads=HEADS, dim_head=64)
     fields = {"num_feedback_layers": 4, "intermediate_size": 944, "tie_word_embeddings": False}
-    return build(**{**PRESETS["feedback-transformer"], **fields}), theirs
+    return build(**{**PRESETS["feedback-transformer"], **fields, **more}), theirs
 
 
-@case("feedback-transformer-train", nothing_to_check)
-def feedback_transformer_train() -> Result:
-    ours, theirs = shared_memory()
+def feedback_transformer_train(name: str, **solver: Any) -> Result:
+    ours, theirs = shared_memory(**solver)
     ids = tokens(4, 256)
 
     def loss(logits: Tensor) -> Tensor:
@@ -170,7 +169,27 @@ def feedback_transformer_train() -> Result:
         training_step(theirs, lambda: loss(theirs(ids))),
         rounds=5,
     )
-    return at_least("feedback-transformer-train", "feedback-transformer-pytorch", 3.0, measured)
+    return at_least(name, "feedback-transformer-pytorch", 3.0, measured)
+
+
+def check_shared_memory() -> None:
+    """As many parallel passes as positions are the walk over them."""
+    ids, results = tokens(2, 12), []
+    for solver in ("sequential", "jacobi"):
+        model = shared_memory(solver=solver, solver_steps=12)[0].train()
+        results.append(training_step(model, lambda model=model: model(ids, labels=ids).loss)())
+    same(*results)
+
+
+@case("feedback-transformer-train", check_shared_memory)
+def feedback_transformer_in_order() -> Result:
+    return feedback_transformer_train("feedback-transformer-train")
+
+
+@case("feedback-transformer-train-jacobi", check_shared_memory)
+def feedback_transformer_in_passes() -> Result:
+    """In 4 parallel passes."""
+    return feedback_transformer_train("feedback-transformer-train-jacobi", solver="jacobi", solver_steps=4)
 
 
 @case("feedback-transformer-generate", nothing_to_check)

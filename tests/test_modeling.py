@@ -32,6 +32,14 @@ from feedback_transformers.models.feedback_cells import CELLS
 # What the combinations don't contain; the shared body runs over these too.
 VARIANTS = {
     **{f"preset-{name}": {**fields, "num_feedback_layers": 2} for name, fields in PRESETS.items()},
+    "memory-jacobi": {**PRESETS["feedback-transformer"], "num_feedback_layers": 2, "solver": "jacobi"},
+    "memory-jacobi-tolerance": {
+        **PRESETS["feedback-transformer"],
+        "num_feedback_layers": 2,
+        "solver": "jacobi",
+        "solver_steps": 40,
+        "solver_tolerance": 1e-6,
+    },
     "memory-none": {**PRESETS["feedback-transformer"], "feedback_signal": "none"},
     "share-encoder-decoder": {"share_encoder_decoder": True, "feedback_signal": "output"},
     "share-encoder-decoder-time": {"share_encoder_decoder": True, "feedback_axis": "time", "feedback_type": "gru"},

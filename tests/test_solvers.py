@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from feedback_transformers import (
+    PRESETS,
     FeedbackForCausalLM,
     FeedbackForMaskedLM,
     FeedbackForQuestionAnswering,
@@ -61,6 +62,18 @@ def test_gauss_seidel_of_a_bidirectional_model(cell):
     sequential, batch = build(FeedbackForMaskedLM, **TIME, **fields), tokens(2, 9)
     blocks = with_weights_of(sequential, **BLOCKS, solver_block_size=4, solver_steps=9, **fields)
     assert_agree(blocks, sequential, batch)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_jacobi_of_the_shared_memory(layers):
+    """As many passes as positions are exact; one pass reads no memory."""
+    fields = {**PRESETS["feedback-transformer"], "num_feedback_layers": layers}
+    sequential, batch = build(**fields), tokens(2, 9)
+    passes = with_weights_of(sequential, **fields, solver="jacobi", solver_steps=9)
+    assert_agree(passes, sequential, batch)
+    assert (passes(batch, num_feedback_steps=1).logits - sequential(batch).logits).abs().max() > 1e-2
+    early = with_weights_of(sequential, **fields, solver="jacobi", solver_steps=30, solver_tolerance=1e-7)
+    assert_agree(early, sequential, batch)
 
 
 @each_cell

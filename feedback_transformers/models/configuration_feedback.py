@@ -438,9 +438,13 @@ class FeedbackConfig(PreTrainedConfig):
             ),
             (
                 self.feedback_connection == "memory"
-                and (self.feedback_type, self.feedback_axis, self.solver) != ("transformer", "time", "sequential"),
-                "feedback_connection='memory' needs feedback_type='transformer', feedback_axis='time' and "
-                "solver='sequential'.",
+                and (
+                    (self.feedback_type, self.feedback_axis) != ("transformer", "time")
+                    or self.solver not in ("sequential", "jacobi")
+                    or self.halting != "fixed"
+                ),
+                "feedback_connection='memory' needs feedback_type='transformer', feedback_axis='time', "
+                "solver='sequential' or 'jacobi', and halting='fixed'.",
             ),
             (
                 self.feedback_connection == "memory" and self.backbone_config.model_type == "gpt2",

@@ -85,11 +85,13 @@ class MemoryTransformerCell(TransformerCell):
     m_t = Σ_l softmax(w)_l x_t^l    x_t^{l+1} = layer_l(x_t^l, keys and values of m_{<t})
 
     All layers read one memory, whose keys and values are computed once, by the projections of the first layer;
-    beside it a position sees itself.
+    beside it a position sees itself. Position by position, that is the memory of all earlier ones; in Jacobi's passes,
+    the one that the pass before made of them.
     """
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
+        self.in_passes = config.in_passes
         self.layer_weights = nn.Parameter(torch.empty(config.num_feedback_layers + 1))
 
     def init_parameters(self) -> None:
@@ -99,12 +101,25 @@ class MemoryTransformerCell(TransformerCell):
         cache = context.cache
         if cache is None:
             raise ValueError("The shared memory lives in a cache; run the cell through FeedbackLoop.")
-        slot = (*context.slot, "memory")
-        past = cache.keys_values(slot)
+        *part, number = context.slot
+        past = cache.keys_values((*part, int(number) - int(self.in_passes), "memory"))
         states = self.states(x, context, KeyValueSlots(cache, context.slot, shared=past or self.no_memory(x)))
         memory = torch.einsum("l,lbtd->btd", self.layer_weights.softmax(0).to(x.dtype), torch.stack(states))
-        cache.update(*self.keys_values(memory, context), cache.index(slot))
+        cache.update(*self.keys_values(memory, context), cache.index((*context.slot, "memory")))
         return states[-1]
+
+    def attention_mask(self, x: Tensor, context: Context) -> Any:
+        """In passes the keys are the memory of all positions, of which each sees those before it, and x itself."""
+        if not self.in_passes:
+            return super().attention_mask(x, context)
+        batch, length, _ = x.shape
+        known = torch.ones(batch, length, context.offset + length, dtype=torch.bool, device=x.device)
+        known = known.tril(context.offset - 1)
+        if context.key_mask is not None:
+            known = known & context.key_mask[:, None]
+        itself = torch.eye(length, dtype=torch.bool, device=x.device).expand(batch, -1, -1)
+        seen = itself if context.slot[-1] == 0 else torch.cat([known, itself], dim=-1)
+        return x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(x.dtype).min)[:, None]
 
     def no_memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
         attention: Any = self.layers[0].self_attn

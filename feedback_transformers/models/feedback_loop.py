@@ -121,7 +121,8 @@ class FeedbackLoop(nn.Module):
         stops, reads_prediction = self.stops, self.stops and self.halting.reads_prediction
         if stops and self.gradient_checkpointing and self.training:
             raise ValueError("halting='act' can't be trained with gradient checkpointing: disable one of them.")
-        if context.cache is None and (config.solver == "gauss_seidel" or (stops and config.is_causal)):
+        remembers = config.feedback_connection == "memory" and config.feedback_signal != "none"
+        if context.cache is None and (config.solver == "gauss_seidel" or remembers or (stops and config.is_causal)):
             context = replace(context, cache=FeedbackCache())  # of this call
         progress = None if self.halting is None else begin(e, context.mask)
         every_step = every_step or (config.halting == "learned" and self.training)  # it weighs their losses
@@ -166,7 +167,9 @@ class FeedbackLoop(nn.Module):
 
         So 2√K inputs of passes are kept for a third forward, where K would be for a second; few passes don't need it.
         """
-        by_step = self.config.feedback_signal == "output" or self.config.solver == "gauss_seidel"
+        config = self.config
+        by_step = config.feedback_signal == "output" or config.solver == "gauss_seidel"
+        by_step = by_step or config.feedback_connection == "memory"
         checkpoints = self.gradient_checkpointing and self.training and not by_step
         return isqrt(passes) if checkpoints and passes >= 16 else 1
 
@@ -201,7 +204,10 @@ class FeedbackLoop(nn.Module):
         if in_blocks:
             h, y, _ = self.sweep(e, shifted, context, readout, number, config.solver_block_size)
         else:
-            h, state = self.checkpoint(self.step, e, shifted, state, context, number)
+            if context.cache is None:
+                h, state = self.checkpoint(self.step, e, shifted, state, context, number)
+            else:  # what it writes there, a second forward would write again
+                h, state = self.step(e, shifted, state, context, number)
         if context.running is not None and before is not None:
             h = torch.where(context.running[..., None], h, before.h)
         reads_prediction = self.stops and self.halting.reads_prediction
