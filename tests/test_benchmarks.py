@@ -1,0 +1,42 @@
+"""What the benchmarks share, and that their reports read the recorded runs."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from benchmarks import exactness, growth, halting, timing, training
+
+
+def test_train_and_evaluate():
+    model, rows = training.build(), training.held_out(16, 4)
+    before, steps = training.evaluate(model.eval(), rows)
+    assert steps is None and abs(before - math.log(model.config.vocab_size)) < 0.5
+    training.train(model, 30, 16, sampled=(1, 3))
+    after, _ = training.evaluate(model, rows)
+    assert after < before - 0.5
+    halted = training.build(halting="converged", halting_threshold=1e9).eval()
+    assert training.evaluate(halted, rows)[1] == 2.0
+
+
+def test_ratio_is_theirs_over_ours():
+    measured = timing.ratio(lambda: time.sleep(0.002), lambda: time.sleep(0.02), rounds=5)
+    assert measured[0] > 4
+    assert timing.at_least("case", "peer", 2.0, measured).passed
+    assert not timing.at_most("case", "peer", 0.01, measured).passed
+    assert len(measured[1]["ours"]) == 5
+
+
+@pytest.mark.parametrize("module", [exactness, halting])
+def test_reports(module, monkeypatch, capsys):
+    monkeypatch.setattr(module, "plot", lambda line: None)
+    module.report()
+    printed = capsys.readouterr().out
+    assert printed.count("|") > 20
+
+
+def test_growth_measures():
+    torch.set_num_threads(1)
+    points = [[batch, *growth.measure("depth, transformer", batch, 32, 2, 32)] for batch in (1, 8)]
+    assert 0 < growth.slope(points, 1) < 1.5
