@@ -200,4 +200,4 @@ def test_classifier_keeps_its_head(tmp_path):
 
 
 def test_combinations_are_all_there():
-    assert len(COMBINATIONS) == 162
+    assert len(COMBINATIONS) == 189
