@@ -14,15 +14,13 @@ import argparse
 import copy
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import versions
+from benchmarks.timing import append, peak_bytes
 from benchmarks.training import build, evaluate, held_out, train
 from feedback_transformers import FeedbackForCausalLM
 
@@ -91,13 +89,11 @@ def gradients() -> dict[str, Any]:
             setattr(model.config, field, value)
         if "checkpointed" in name:
             model.activation_checkpointing_enable()
-        with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as events:
+
+        def step(model: FeedbackForCausalLM = model) -> None:
             model(rows[:, :-1], labels=rows[:, :-1], use_cache=False).loss.backward()
-        current = peak = 0
-        for event in events.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                current += event.nbytes()
-                peak = max(peak, current)
+
+        peak = peak_bytes(step)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         reference = gradient if reference is None else reference
         error = ((gradient - reference).norm() / reference.norm()).item()
@@ -172,17 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for part in [] if arguments.report else arguments.parts:
         if part not in finished():
-            found = PARTS[part]()
-            line = {
-                "part": part,
-                **found,
-                "threads": torch.get_num_threads(),
-                "load": os.getloadavg(),
-                "versions": versions(),
-            }
-            RESULTS.parent.mkdir(exist_ok=True)
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append(RESULTS, {"part": part, **PARTS[part](), "threads": torch.get_num_threads()})
     raise SystemExit(0 if report() else 1)
 
 

@@ -6,18 +6,15 @@ python -m benchmarks.growth             # measures, appends to results/growth-<m
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import statistics
 import time
 from datetime import date
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import RESULTS, machine, versions
+from benchmarks.timing import RESULTS, append, machine, peak_bytes
 from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
 
 BASE = {"batch": 2, "length": 128, "passes": 4, "width": 64}
@@ -61,13 +58,7 @@ def measure(name: str, batch: int, length: int, passes: int, width: int) -> tupl
         model(ids, labels=ids, use_cache=False).loss.backward()
 
     step()
-    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as events:
-        step()
-    current = peak = 0
-    for event in events.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            current += event.nbytes()
-            peak = max(peak, current)
+    peak = peak_bytes(step)
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -121,10 +112,8 @@ def main() -> None:
                 theory = theory if isinstance(theory, int) else theory["gru" if "gru" in name else "transformer"]
                 found = [slope(points, column) for column in (0, 1)]
                 print(f"| {what} | {name} | {found[0]:.2f} | {found[1]:.2f} | {theory} |", flush=True)
-    line = {"sweeps": sweeps, "base": BASE, "load": os.getloadavg(), "threads": torch.get_num_threads()}
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"growth-{machine()}-{date.today().isoformat()}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({**line, "versions": versions()}) + "\n")
+    line = {"sweeps": sweeps, "base": BASE, "threads": torch.get_num_threads()}
+    append(RESULTS / f"growth-{machine()}-{date.today().isoformat()}.jsonl", line)
     plot(line)
 
 

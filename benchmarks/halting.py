@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.timing import versions
+from benchmarks.timing import append
 from benchmarks.training import build, evaluate, held_out, train
 
 RESULTS = Path(__file__).parent / "results" / "halting.jsonl"
@@ -116,16 +115,7 @@ def main() -> None:
     for seed in [] if arguments.report else arguments.seeds:
         for rule in arguments.rules:
             if (rule, seed) not in finished():
-                line = {
-                    "rule": rule,
-                    "seed": seed,
-                    **run(rule, seed),
-                    "load": os.getloadavg()[0],
-                    "versions": versions(),
-                }
-                RESULTS.parent.mkdir(exist_ok=True)
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+                append(RESULTS, {"rule": rule, "seed": seed, **run(rule, seed)})
     raise SystemExit(0 if report() else 1)
 
 

@@ -16,12 +16,11 @@ from feedback_transformer_pytorch import FeedbackTransformer
 from tiny_recursive_model import TinyRecursiveModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from x_transformers import Encoder
 
-from benchmarks.timing import Result, at_least, at_most, case, ratio
+from benchmarks.timing import Result, at_least, at_most, case, peak_bytes, ratio
 from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM, FeedbackForMaskedLM
 
 WIDTH, HEADS = 256, 4
@@ -135,14 +134,7 @@ def depth_memory() -> Result:
         ids = tokens(8, 128)
         step = training_step(model, lambda model=model, ids=ids: model(ids, labels=ids).loss)
         step()
-        with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as events:
-            step()
-        current = peak = 0
-        for event in events.profiler.kineto_results.events():
-            if event.name() == "[memory]":
-                current += event.nbytes()
-                peak = max(peak, current)
-        peaks[passes] = peak
+        peaks[passes] = peak_bytes(step)
     grown = peaks[32] / peaks[4]
     return Result("depth-memory", "K=4", f"{grown:.2f}x its peak", "<= 1.25x", grown <= 1.25, {"bytes": peaks})
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 import feedback_transformers
 from feedback_transformers.models.feedback_scan import kernel_available
@@ -62,6 +63,25 @@ def ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = 7) -
     return statistics.median(times["theirs"]) / statistics.median(times["ours"]), details
 
 
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most that torch has allocated at a time during the call, beyond what was there before."""
+    with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as events:
+        step()
+    current = peak = 0
+    for event in events.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            current += event.nbytes()
+            peak = max(peak, current)
+    return peak
+
+
+def append(file: Path, line: dict[str, Any]) -> None:
+    """A finished run, to a file with one a line."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a", encoding="utf-8") as results:
+        results.write(json.dumps({**line, "load": os.getloadavg(), "versions": versions()}) + "\n")
+
+
 def at_least(name: str, against: str, target: float, measured: tuple[float, dict[str, Any]]) -> Result:
     """Passes where ours is `target` times as fast."""
     figure, details = measured
@@ -77,7 +97,6 @@ def at_most(name: str, against: str, target: float, measured: tuple[float, dict[
 def run(names: list[str], threads: int = 2) -> list[Result]:
     """Runs the cases, prints a table of markdown, and appends to results/speed-<machine>-<date>.jsonl."""
     results = []
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"speed-{machine()}-{date.today().isoformat()}.jsonl"
     print("| case | against | measured | target | |\n|---|---|---|---|---|")
     for name in names:
@@ -90,8 +109,7 @@ def run(names: list[str], threads: int = 2) -> list[Result]:
         except AssertionError as error:
             result = Result(name, "its reference", "wrong", "equal", False, {"error": str(error)})
         print("|", " | ".join([*result[:4], "pass" if result.passed else "FAIL"]), "|", flush=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**result._asdict(), "versions": versions()}) + "\n")
+        append(path, result._asdict())
         results.append(result)
     return results
 
