@@ -10,7 +10,7 @@ import argparse
 import subprocess
 import sys
 
-RUNS = ("small_beats_large", "exactness", "halting", "tasks")
+RUNS = ("small_beats_large", "exactness", "halting", "claims", "tasks")
 
 
 def main() -> int:
