@@ -18,6 +18,7 @@ from .models.modeling_feedback_text import (
     FeedbackForSequenceClassification,
     FeedbackForTokenClassification,
 )
+from .retrofit import retrofit, unretrofit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,12 +35,17 @@ __all__ = [
     "FeedbackForTokenClassification",
     "FeedbackModel",
     "FeedbackPreTrainedModel",
+    "retrofit",
+    "unretrofit",
 ]
 
 # Every projection that a cell, encoder, decoder or connection can have; PEFT takes those that a model does have.
 LORA_TARGETS = [
     *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),  # Llama-shaped layers, MLP
     *("c_attn", "c_proj", "c_fc"),  # GPT-2 layers
+    *("qkv_proj", "gate_up_proj"),  # Phi-3
+    *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
+    *("query", "key", "value"),  # BERT
     *("input_proj", "state_proj"),  # GRU and LSTM
     *("conv", "out_proj"),  # convolutions, cross-attention
     "signal_proj",  # connections

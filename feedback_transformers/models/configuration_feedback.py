@@ -21,6 +21,9 @@ RECURRENT_TYPES = ("gru", "lstm", "diagonal_gru", "min_gru")
 DIAGONAL_TYPES = ("diagonal_gru", "min_gru")  # no channel reads another's state
 DECODER_TYPES = ("mlp", "rnn", "transformer")
 BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "gpt2")
+BIDIRECTIONAL_TYPES = ("bert", "roberta")
+# A retrofit keeps all of a model, so that its layers need not be alike.
+RETROFIT_TYPES = (*BACKBONE_TYPES, "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", *BIDIRECTIONAL_TYPES)
 CHOICES = {
     "embedding_type": EMBEDDING_TYPES,
     "encoder_type": ENCODER_TYPES,
@@ -38,6 +41,9 @@ CHOICES = {
 # What the backbones call the fields of FeedbackConfig; where a name is missing here, it is the same.
 BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
     "gpt2": {"intermediate_size": "n_inner", "hidden_act": "activation_function", "num_key_value_heads": None},
+    "gemma2": {"hidden_act": "hidden_activation"},
+    "gemma3_text": {"hidden_act": "hidden_activation"},
+    **{name: {"num_key_value_heads": None} for name in ("gpt_neox", *BIDIRECTIONAL_TYPES)},
 }
 # What a backbone's config says that is not of one of its layers.
 NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id", "num_hidden_layers", "n_layer", "layer_types")
@@ -52,10 +58,10 @@ SHARED_WITH_BACKBONE = (
 )
 
 
-def model_type_of(backbone: dict) -> str:
+def model_type_of(backbone: dict, known: tuple[str, ...] = BACKBONE_TYPES) -> str:
     model_type = backbone.get("model_type", "llama")
-    if model_type not in BACKBONE_TYPES:
-        raise ValueError(f"Unknown backbone {model_type!r}; choose one of {', '.join(BACKBONE_TYPES)}.")
+    if model_type not in known:
+        raise ValueError(f"Unknown backbone {model_type!r}; choose one of {', '.join(known)}.")
     return model_type
 
 
@@ -194,6 +200,11 @@ class FeedbackConfig(PreTrainedConfig):
         halting_prior: of `learned`: the probability to stop at each pass of the geometric prior.
         halting_weight: how much the divergence from that prior (`learned`) or a pass (`act`) adds to the loss.
         share_encoder_decoder: the encoder's layers decode too.
+        shared_step_cache: depth axis: later positions read the keys and values of the last pass alone, so that a cache
+            is no larger than that of one pass. What a call sees of its own positions stays that of the present pass.
+        retrofitted_from: the class of transformers that `retrofit` made this model of. Its base model, described by
+            `backbone_config`, is all here: embeddings, final norm, and all layers in their places, the first
+            `num_encoder_layers` of them the encoder, the last `num_decoder_layers` the decoder.
     """
 
     model_type: ClassVar[str] = "feedback"
@@ -250,6 +261,8 @@ class FeedbackConfig(PreTrainedConfig):
 
     tie_word_embeddings: bool = True
     share_encoder_decoder: bool = False
+    shared_step_cache: bool = False
+    retrofitted_from: str | None = None
     dropout: float | int = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -270,7 +283,8 @@ class FeedbackConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.auto_map = dict(AUTO_MAP)
         kwargs.pop("auto_map", None)
-        self.backbone_config = self._backbone(self.backbone_config)
+        whole = self.retrofitted_from is not None
+        self.backbone_config = (self._whole_backbone if whole else self._backbone)(self.backbone_config)
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -309,6 +323,20 @@ class FeedbackConfig(PreTrainedConfig):
         backbone = AutoConfig.for_model(model_type, **{**own, **named, "pad_token_id": None})
         if len(set(getattr(backbone, "layer_types", None) or [])) > 1:
             raise ValueError(f"All layers must be of one type, and this {model_type} has {backbone.layer_types}.")
+        return backbone
+
+    def _whole_backbone(self, given: dict | PreTrainedConfig) -> PreTrainedConfig:
+        """The config of the model that was retrofitted; its sizes are copied here."""
+        given = given if isinstance(given, dict) else given.to_dict()
+        model_type = model_type_of(given, RETROFIT_TYPES)
+        backbone = AutoConfig.for_model(model_type, **{k: v for k, v in given.items() if k != "model_type"})
+        for ours, theirs in shared_names(model_type).items():
+            if getattr(backbone, theirs) is not None:
+                setattr(self, ours, getattr(backbone, theirs))
+        if self.intermediate_size is None:  # of GPT-2
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
         return backbone
 
     def _check_sizes(self, model_type: str) -> None:
@@ -375,10 +403,42 @@ class FeedbackConfig(PreTrainedConfig):
 
     def _check_combination(self) -> None:
         for ours, theirs in shared_names(self.backbone_config.model_type).items():
-            here, there = getattr(self, ours), getattr(self.backbone_config, theirs)
+            here, there = getattr(self, ours), getattr(self.backbone_config, theirs, None)
             if there is not None and here != there:
                 raise ValueError(f"{ours} is {here!r} here and {there!r} in backbone_config: set both to the same.")
+        layers = (self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)
         rules = [
+            (
+                self.retrofitted_from is not None and sum(layers) != self.backbone_config.num_hidden_layers,
+                f"{' + '.join(map(str, layers))} layers are not the {self.backbone_config.num_hidden_layers} of the "
+                "retrofitted model: change num_encoder_layers, num_feedback_layers or num_decoder_layers.",
+            ),
+            (
+                self.retrofitted_from is not None
+                and (
+                    {self.encoder_type, self.feedback_type, self.decoder_type} != {"transformer"}
+                    or self.feedback_connection == "memory"
+                    or self.share_encoder_decoder
+                    or self.is_encoder_decoder
+                ),
+                "A retrofitted model is made of its own layers: it needs encoder_type, feedback_type and decoder_type "
+                "'transformer', another feedback_connection than 'memory', no shared or separate encoder.",
+            ),
+            (
+                self.retrofitted_from is not None
+                and self.is_causal != (self.backbone_config.model_type not in BIDIRECTIONAL_TYPES),
+                f"A retrofitted {self.backbone_config.model_type} can't have is_causal={self.is_causal}.",
+            ),
+            (
+                self.retrofitted_from is not None and not self.is_causal and self.feedback_axis == "time",
+                f"A retrofitted {self.backbone_config.model_type} reads both sides, and feedback from the position "
+                "before only one: use feedback_axis='depth'.",
+            ),
+            (
+                self.shared_step_cache and (self.feedback_axis, self.feedback_type) != ("depth", "transformer"),
+                "shared_step_cache is for the keys and values of passes: it needs feedback_axis='depth' and "
+                "feedback_type='transformer'.",
+            ),
             (
                 self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size,
                 f"pad_token_id is {self.pad_token_id}; it must be at least 0 and below vocab_size, {self.vocab_size}.",

@@ -47,6 +47,12 @@ class FeedbackCache(Cache):
         layer: Any = self.layers[index]
         return layer.keys, layer.values
 
+    def crop_slot(self, slot: Slot, length: int) -> None:
+        """Keeps the first `length` columns of a slot, where anything was written there."""
+        if self.keys_values(slot) is not None:
+            layer: Any = self.layers[self.slots[slot]]
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
     def hold(self, before: Slot, slot: Slot, offset: int) -> None:
         """Positions from column `offset` on look at `slot`, a step's, as they did at the step `before`."""
         for known in [known for known in self.slots if known[: len(before)] == before]:
@@ -123,26 +129,44 @@ class FeedbackCache(Cache):
 class KeyValueSlots:
     """What a borrowed layer sees as its cache: `update` goes to the slot (*slot, layer).
 
-    Where `running` [B, T] is False, a position stopped at an earlier step: others see it as it was then.
+    Where `running` [B, T] is False, a position stopped at an earlier step: others see it as it was then. With
+    `overwrites`, all steps share one slot, in which each takes the place of the step before from column `offset` on.
     """
 
     cache: FeedbackCache
     slot: Slot
     shared: tuple[Tensor, Tensor] | None = None  # keys and values of a memory that all layers read
     running: Tensor | None = None
+    overwrites: bool = False
+    offset: int = 0
 
     is_compileable = False
+
+    @classmethod
+    def of(cls, context: Context, overwrites: bool = False) -> KeyValueSlots | None:
+        if context.cache is None:
+            return None
+        return cls(context.cache, context.slot, None, context.running, overwrites, context.offset)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if self.shared is not None:
             return torch.cat([self.shared[0], keys], dim=-2), torch.cat([self.shared[1], values], dim=-2)
         if self.running is not None:
             *part, step = self.slot
-            old_keys, old_values = self.cache.keys_values((*part, int(step) - 1, layer_idx)) or (keys, values)
+            before = self.shared_slot if self.overwrites else (*part, int(step) - 1)
+            old_keys, old_values = self.cache.keys_values((*before, layer_idx)) or (keys, values)
             running, length = self.running[:, None, :, None], keys.shape[2]
             keys = torch.where(running, keys, old_keys[:, :, -length:])
             values = torch.where(running, values, old_values[:, :, -length:])
+        if self.overwrites:
+            slot = (*self.shared_slot, layer_idx)
+            self.cache.crop_slot(slot, self.offset)
+            return self.cache.update(keys, values, self.cache.index(slot))
         return self.cache.update(keys, values, self.cache.index((*self.slot, layer_idx)))
+
+    @property
+    def shared_slot(self) -> Slot:
+        return (*self.slot[:-1], "shared")
 
 
 @dataclass

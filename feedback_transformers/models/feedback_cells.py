@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_backbones import borrowed
 from .feedback_cache import Context, KeyValueSlots
-from .feedback_layers import ConvStack, MLPStack, TransformerStack, borrowed
+from .feedback_layers import ConvStack, MLPStack, TransformerStack
 from .feedback_newton import newton
 from .feedback_scan import RecurrentStack
 
@@ -74,6 +75,10 @@ class TransformerCell(TransformerStack):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config, config.num_feedback_layers, causal=config.is_causal or config.feedback_axis == "time")
+        self.shares_slots = config.shared_step_cache
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        return self.states(x, context, KeyValueSlots.of(context, overwrites=self.shares_slots))[-1]
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         return self(x, context), None
@@ -108,10 +113,10 @@ class MemoryTransformerCell(TransformerCell):
         cache.update(*self.keys_values(memory, context), cache.index((*context.slot, "memory")))
         return states[-1]
 
-    def attention_mask(self, x: Tensor, context: Context) -> Any:
+    def attention_mask(self, x: Tensor, context: Context, kind: str) -> Any:
         """In passes the keys are the memory of all positions, of which each sees those before it, and x itself."""
         if not self.in_passes:
-            return super().attention_mask(x, context)
+            return super().attention_mask(x, context, kind)
         batch, length, _ = x.shape
         known = torch.ones(batch, length, context.offset + length, dtype=torch.bool, device=x.device)
         known = known.tril(context.offset - 1)

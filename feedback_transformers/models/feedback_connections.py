@@ -1,6 +1,7 @@
 """CONNECTIONS: c(e, φ(y)), how feedback enters a step.
 
-Shapes: e and φ(y) are [B, T, D]; so is the result.
+Shapes: e and φ(y) are [B, T, D]; so is the result. A closed connection gives e whatever φ is, and opens by its first
+gradient: what a retrofitted model begins with.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class GateConnection(nn.Module):
         gate = torch.sigmoid(self.gate_proj(torch.cat([e, signal], dim=-1)))
         return e + self.scale * gate * self.signal_proj(signal)
 
+    def close(self) -> None:
+        nn.init.zeros_(self.signal_proj.weight)
+
 
 class AddConnection(nn.Module):
     """e + W norm(φ): the context units of Jordan 1986, and the input injection of looped transformers."""
@@ -43,6 +47,9 @@ class AddConnection(nn.Module):
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return e + self.signal_proj(self.norm(signal))
 
+    def close(self) -> None:
+        nn.init.zeros_(self.signal_proj.weight)
+
 
 class ConcatConnection(nn.Module):
     """W [e; norm(φ)], the adapter of recurrent-depth models (Geiping et al. 2025, arXiv:2502.05171)."""
@@ -54,6 +61,9 @@ class ConcatConnection(nn.Module):
 
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return self.signal_proj(torch.cat([e, self.norm(signal)], dim=-1))
+
+    def close(self) -> None:
+        nn.init.eye_(self.signal_proj.weight)  # [D, 2 D]: e as it is, and nothing of φ
 
 
 class MemoryConnection(nn.Module):

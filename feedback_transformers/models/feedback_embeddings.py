@@ -12,7 +12,7 @@ from .configuration_feedback import FeedbackConfig
 
 
 class TokenEmbeddings(nn.Module):
-    """Token ids [B, T] -> [B, T, D], with learned positions where the backbone has no rotary ones."""
+    """Token ids [B, T] -> [B, T, D]."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()

@@ -5,7 +5,7 @@ Shapes: B batch, T positions, D hidden size, P earlier positions in the cache.
 
 from __future__ import annotations
 
-from importlib import import_module
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,67 +19,77 @@ from transformers.masking_utils import (
 )
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_backbones import BACKBONES, borrowed, layer_kind, rotary_by_kind
 from .feedback_cache import Context, KeyValueSlots, MaskSizes
 
 ACT2FN.setdefault("rrelu", nn.RReLU)
 
-# model_type of the backbone -> prefix of its classes in transformers.models
-FAMILIES = {
-    "llama": "Llama",
-    "qwen2": "Qwen2",
-    "qwen3": "Qwen3",
-    "mistral": "Mistral",
-    "olmo2": "Olmo2",
-    "gpt2": "GPT2",
-}
-
-
-def borrowed(model_type: str, name: str) -> Any:
-    """The class or function `name` of a family in transformers."""
-    return getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
-
 
 class TransformerStack(nn.Module):
-    """Decoder layers of `config.backbone_config`, borrowed from transformers; nothing of attention is written here."""
+    """Decoder layers of `config.backbone_config`, borrowed from transformers; nothing of attention is written here.
+
+    In a retrofitted model they come with the base model (`adopt`), each in its own place there.
+    """
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
         super().__init__()
         self.backbone = backbone = config.backbone_config
-        self.causal = causal
-        family = FAMILIES[backbone.model_type]
-        layer = borrowed(backbone.model_type, "GPT2Block" if family == "GPT2" else f"{family}DecoderLayer")
-        self.layers = nn.ModuleList(layer(backbone, layer_idx=i) for i in range(num_layers))
-        self.rotary = None if family == "GPT2" else borrowed(backbone.model_type, f"{family}RotaryEmbedding")(backbone)
+        self.causal, self.first = causal, 0
+        self.family = family = BACKBONES[backbone.model_type]
+        self.layers, self.rotary = nn.ModuleList(), None
+        if config.retrofitted_from is not None:
+            return
+        layer = borrowed(backbone.model_type, family.prefix + family.layer)
+        self.layers.extend(layer(backbone, layer_idx=i) for i in range(num_layers))
+        if family.rotary is not None:
+            self.rotary = borrowed(backbone.model_type, f"{family.prefix}RotaryEmbedding")(backbone)
         for module in self.modules():
             if hasattr(module, "is_causal"):  # else sdpa turns causal wherever the mask is None
                 setattr(module, "is_causal", causal)  # noqa: B010  (mypy takes every attribute of a Module for a Tensor)
 
+    def adopt(self, layers: nn.ModuleList, rotary: nn.Module | None, first: int) -> None:
+        """Takes over layers of a base model, of which the first is its layer `first`."""
+        self.layers, self.rotary, self.first = layers, rotary, first
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        cache = None if context.cache is None else KeyValueSlots(context.cache, context.slot, running=context.running)
-        return self.states(x, context, cache)[-1]
+        return self.states(x, context, KeyValueSlots.of(context))[-1]
 
     def states(self, x: Tensor, context: Context, cache: KeyValueSlots | None) -> list[Tensor]:
         """The input and the output of every layer, each [B, T, D]."""
-        if not self.layers:
-            return [x]
-        mask = self.attention_mask(x, context)
-        arguments: dict[str, Any] = {"attention_mask": mask, "past_key_values": cache}
-        if self.rotary is not None:
-            arguments["position_ids"] = context.position_ids
-            arguments["position_embeddings"] = self.rotary(x, context.position_ids)
+        kinds = [layer_kind(self.backbone, self.first + i) for i in range(len(self.layers))]
+        arguments = {kind: self.arguments(x, context, kind) for kind in set(kinds)}
         states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1], **arguments))
+        for layer, kind in zip(self.layers, kinds, strict=True):
+            states.append(layer(states[-1], **arguments[kind], **{self.family.cache: cache}))
         return states
 
-    def attention_mask(self, x: Tensor, context: Context) -> Any:
+    def arguments(self, x: Tensor, context: Context, kind: str) -> dict[str, Any]:
+        """What every layer of a kind is given besides its input and cache."""
+        arguments = {"attention_mask": self.attention_mask(x, context, kind)}
+        if self.rotary is not None:
+            by_kind = (kind,) if rotary_by_kind(self.backbone) else ()
+            arguments["position_ids"] = context.position_ids
+            arguments["position_embeddings"] = self.rotary(x, context.position_ids, *by_kind)
+        return arguments
+
+    def attention_mask(self, x: Tensor, context: Context, kind: str) -> Any:
         if not self.causal:
             return create_bidirectional_mask(self.backbone, x, context.mask)
-        window = getattr(self.backbone, "sliding_window", None)
-        if window is None and context.key_mask is None and x.shape[1] == 1:
+        sliding = kind == "sliding_attention"
+        if not sliding and context.key_mask is None and x.shape[1] == 1:
             return None  # one query sees every key
-        create: Any = create_causal_mask if window is None else create_sliding_window_causal_mask
-        return create(self.backbone, x, context.key_mask, MaskSizes(context.offset))
+        sizes: Any = MaskSizes(context.offset)
+        if not sliding:
+            return create_causal_mask(self.backbone, x, context.key_mask, sizes)
+        if context.key_mask is None:
+            return create_sliding_window_causal_mask(self.backbone, x, None, sizes)
+        window = self.window(context.key_mask)
+        return create_causal_mask(self.backbone, x, context.key_mask, sizes, and_mask_function=window)
+
+    def window(self, key_mask: Tensor) -> Callable[..., Tensor]:
+        """Which keys a query sees through a sliding window that counts real positions, wherever padding stands."""
+        places, size = key_mask.cumsum(dim=1), self.backbone.sliding_window
+        return lambda batch, head, query, key: places[batch, query] - places[batch, key] < size
 
 
 class MLPStack(nn.Module):

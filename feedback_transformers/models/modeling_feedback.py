@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_backbones import BACKBONES, base_class, initialize
 from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
@@ -75,7 +77,10 @@ class FeedbackPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        if type(module).__module__.startswith("transformers.models."):
+            initialize(self.config.backbone_config, module)
+        else:
+            super()._init_weights(module)
         if isinstance(module, Conv1D):  # of GPT-2 layers, which the default leaves out
             init.normal_(module.weight, std=self.config.initializer_range)
             init.zeros_(module.bias)
@@ -105,18 +110,53 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         config.validate_architecture()  # fields may have been set since it was made
-        config.backbone_config._attn_implementation = config._attn_implementation
+        retrofitted = config.retrofitted_from is not None
+        softcapped = retrofitted and not base_class(config.backbone_config)._supports_sdpa
+        config.backbone_config._attn_implementation = "eager" if softcapped else config._attn_implementation
         self.embeddings = EMBEDDINGS[config.embedding_type](config)
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
-        self.positions = None if rotary else nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.positions: nn.Module | None = None
+        if not rotary:
+            self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_types: nn.Module | None = None
+        self.embedding_norm: nn.Module = nn.Identity()
         encoder_causal = config.is_causal and not config.is_encoder_decoder
         self.encoder = ENCODERS[config.encoder_type](config, config.num_encoder_layers, encoder_causal)
         self.loop = FeedbackLoop(config)
         decoder = DECODERS[config.decoder_type]
         shared = config.share_encoder_decoder
         self.decoder = None if shared else decoder(config, config.num_decoder_layers, config.is_causal)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm: nn.Module = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.pooler: nn.Module | None = None
+        if retrofitted:
+            self.adopt(base_class(config.backbone_config)(config.backbone_config))
         self.post_init()
+
+    def adopt(self, base: PreTrainedModel) -> None:
+        """Takes over all parts of `base`, the base model that `config.backbone_config` describes."""
+        config, family = self.config, BACKBONES[self.config.backbone_config.model_type]
+
+        def part(path: str | None) -> Any:
+            return None if path is None else reduce(getattr, path.split("."), base)
+
+        self.embeddings.tokens = part(family.tokens)
+        self.positions = part(family.positions)
+        self.token_types = part(family.token_types)
+        self.embedding_norm = part(family.embedding_norm) or nn.Identity()
+        self.norm = part(family.norm) or nn.Identity()
+        self.pooler = part(family.pooler) or self.pooler  # which some bases leave out
+        first, layers = 0, part(family.layers)
+        stacks = (self.encoder, self.loop.cell, self.decoder)
+        sizes = (config.num_encoder_layers, config.num_feedback_layers, config.num_decoder_layers)
+        for stack, size in zip(stacks, sizes, strict=True):
+            cast(Any, stack).adopt(layers[first : first + size], part(family.rotary), first)
+            first += size
+
+    @property
+    def first_position(self) -> int:
+        """The row of a text's first position in `positions`; RoBERTa's come after that of padding."""
+        padding = getattr(self.positions, "padding_idx", None)
+        return 0 if padding is None else padding + 1
 
     def get_input_embeddings(self) -> nn.Module:
         if self.config.embedding_type != "tokens":
@@ -125,6 +165,15 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embeddings.tokens = value
+
+    def place(self, embedded: Tensor, context: Context, token_type_ids: Tensor | None) -> Tensor:
+        """Adds what the embeddings of tokens don't say: learned positions and types. [B, T, D] -> [B, T, D]"""
+        if self.positions is not None:
+            embedded = embedded + self.positions(context.position_ids + self.first_position)
+        if self.token_types is not None:
+            types = torch.zeros_like(context.position_ids) if token_type_ids is None else token_type_ids
+            embedded = embedded + self.token_types(types)
+        return self.embedding_norm(embedded)
 
     def encode(self, embedded: Tensor, context: Context) -> Tensor:
         """e [B, T, D]"""
@@ -138,9 +187,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError("Give the source as input_ids or as inputs_embeds.")
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         context, order = self.make_context(embedded, attention_mask, None, None)
-        embedded = gather(embedded, order)
-        if self.positions is not None:
-            embedded = embedded + self.positions(context.position_ids)
+        embedded = self.place(gather(embedded, order), context, None)
         context.key_mask = context.mask
         return scatter(self.encode(embedded, context), order)
 
@@ -181,6 +228,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         past_values: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         embed_output: Callable[..., Tensor] | None = None,
         predict: Callable[[Tensor], Tensor] | None = None,
         num_feedback_steps: int | None = None,
@@ -194,6 +242,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             input_ids / inputs_embeds / pixel_values / past_values: exactly one: [B, T], [B, T, D], [B, C, H, W] or
                 [B, T, C].
             attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
+            token_type_ids: [B, T], of a retrofitted model that has types of tokens.
             num_feedback_steps: passes of this call instead of the config's (depth axis, or the jacobi solver).
             predict: a head's map from y to its logits.
             embed_output: a head's map from y to its prediction, embedded; without it that of tokens.
@@ -209,9 +258,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
             context.cross_attention = EncoderDecoderCache(DynamicCache(), DynamicCache())
             if cache is not None:
                 cache.cross_attention = context.cross_attention = cache.cross_attention or context.cross_attention
-        embedded = gather(embedded, order)
-        if self.positions is not None:
-            embedded = embedded + self.positions(context.position_ids)
+        kinds = None if token_type_ids is None or order is None else token_type_ids.gather(1, order)
+        embedded = self.place(gather(embedded, order), context, token_type_ids if order is None else kinds)
         e = embedded if self.config.is_encoder_decoder else self.encode(embedded, context)
 
         if output_hidden_states is None:
@@ -261,10 +309,11 @@ class FeedbackModel(FeedbackPreTrainedModel):
         offset = 0 if cache is None else cache.length
         if batch == 0 or length == 0:
             raise ValueError("The input is empty: give at least one position.")
-        if self.config.has_attention and offset + length > self.config.max_position_embeddings:
+        longest = self.config.max_position_embeddings - self.first_position
+        if self.config.has_attention and offset + length > longest:
             raise ValueError(
-                f"{offset + length} positions are more than max_position_embeddings "
-                f"({self.config.max_position_embeddings}): shorten the input, or build a model with more."
+                f"{offset + length} positions are more than max_position_embeddings ({longest}): shorten the input, "
+                "or build a model with more."
             )
         mask, order = first_real(attention_mask, batch, length)
         columns = torch.arange(length, device=embedded.device)

@@ -119,23 +119,25 @@ class FeedbackLMHead(FeedbackHead):
         self.post_init()
 
     def predict(self, y: Tensor) -> Tensor:
-        return self.lm_head(y)
+        logits, config = self.lm_head(y), self.config
+        cap = getattr(config.backbone_config, "final_logit_softcapping", None) if config.retrofitted_from else None
+        return logits if cap is None else cap * torch.tanh(logits / cap)  # of Gemma
 
     def read(
         self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
     ) -> FeedbackOutput:
         """Logits [B, T, V] of the last step, and the loss; kwargs go to transformers' loss function."""
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.lm_head(outputs.last_hidden_state[:, keep]), None
+        logits, loss = self.predict(outputs.last_hidden_state[:, keep]), None
         if labels is not None:
             size = self.config.vocab_size
 
             def step_loss(y: Tensor) -> Tensor:
-                y_logits = logits if y is outputs.last_hidden_state else self.lm_head(y[:, keep])
+                y_logits = logits if y is outputs.last_hidden_state else self.predict(y[:, keep])
                 return self.loss_function(logits=y_logits, labels=labels, vocab_size=size, **kwargs)
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
-                return token_loss(self.lm_head(y), p, labels, **kwargs)
+                return token_loss(self.predict(y), p, labels, **kwargs)
 
             loss = self.mean_loss(step_loss, outputs, weighted, share_of_batch(labels, **kwargs))
         return FeedbackOutput(
@@ -223,7 +225,8 @@ class FeedbackClassifier(FeedbackHead):
         """One prediction for each row: logits [B, L] and the loss of `config.problem_type`."""
 
         def pooled_logits(y: Tensor) -> Tensor:
-            return self.classifier(self.pool(y, mask))
+            pooler = self.model.pooler  # of a retrofitted BERT
+            return self.classifier(self.pool(y, mask) if pooler is None else pooler(y))
 
         loss = None
         if labels is not None:

@@ -1,0 +1,87 @@
+"""BACKBONES: the families of transformers whose parts are borrowed, and what each calls them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
+
+
+class Family(NamedTuple):
+    """Names of classes, and paths within the base model of the family."""
+
+    prefix: str  # of its classes
+    layer: str = "DecoderLayer"
+    tokens: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str | None = "norm"
+    rotary: str | None = "rotary_emb"
+    positions: str | None = None  # learned ones
+    token_types: str | None = None
+    embedding_norm: str | None = None
+    pooler: str | None = None
+    cache: str = "past_key_values"  # the argument of a layer
+
+
+GPT2 = Family("GPT2", layer="Block", tokens="wte", layers="h", norm="ln_f", rotary=None, positions="wpe")
+GPT_NEOX = Family("GPTNeoX", layer="Layer", tokens="embed_in", norm="final_layer_norm", cache="layer_past")
+BERT = Family(
+    "Bert",
+    layer="Layer",
+    tokens="embeddings.word_embeddings",
+    layers="encoder.layer",
+    norm=None,
+    rotary=None,
+    positions="embeddings.position_embeddings",
+    token_types="embeddings.token_type_embeddings",
+    embedding_norm="embeddings.LayerNorm",
+    pooler="pooler",
+)
+BACKBONES: dict[str, Family] = {
+    "llama": Family("Llama"),
+    "qwen2": Family("Qwen2"),
+    "qwen3": Family("Qwen3"),
+    "mistral": Family("Mistral"),
+    "olmo2": Family("Olmo2"),
+    "gemma2": Family("Gemma2"),
+    "gemma3_text": Family("Gemma3"),
+    "phi3": Family("Phi3"),
+    "smollm3": Family("SmolLM3"),
+    "gpt2": GPT2,
+    "gpt_neox": GPT_NEOX,
+    "bert": BERT,
+    "roberta": BERT._replace(prefix="Roberta"),
+}
+
+
+def borrowed(model_type: str, name: str) -> Any:
+    """The class or function `name` of a family in transformers."""
+    return getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
+
+
+def base_class(backbone: PreTrainedConfig) -> type[PreTrainedModel]:
+    return cast(type[PreTrainedModel], MODEL_MAPPING[type(backbone)])
+
+
+def layer_kind(backbone: PreTrainedConfig, index: int) -> str:
+    """`full_attention` or `sliding_attention`, of the layer `index`."""
+    kinds = getattr(backbone, "layer_types", None)
+    if kinds:
+        return kinds[min(index, len(kinds) - 1)]
+    return "full_attention" if getattr(backbone, "sliding_window", None) is None else "sliding_attention"
+
+
+def rotary_by_kind(backbone: PreTrainedConfig) -> bool:
+    """Whether sliding and full attention turn at different speeds, as in Gemma 3."""
+    return backbone.model_type == "gemma3_text"
+
+
+def initialize(backbone: PreTrainedConfig, module: nn.Module) -> None:
+    """Initialises a module of transformers as its family does: norms that begin at zero, scales of embeddings."""
+    family = base_class(backbone)
+    initializer = family.__new__(family)
+    nn.Module.__init__(initializer)
+    initializer.config = backbone
+    initializer._init_weights(module)

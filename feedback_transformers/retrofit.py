@@ -1,0 +1,206 @@
+"""Retrofit: a pretrained feed-forward model becomes a feedback model, and back.
+
+    model = retrofit("HuggingFaceTB/SmolLM2-135M", encoder_layers=8, decoder_layers=8, num_feedback_steps=4)
+
+Its first layers are the encoder, its middle layers the cell, its last layers the decoder; the connection between
+them begins closed, so that the model computes what it did before, for any number of steps, until it is trained
+(McLeish et al. 2025, Teaching pretrained language models to think deeper with retrofitted recurrence).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .models.configuration_feedback import BIDIRECTIONAL_TYPES, RETROFIT_TYPES, FeedbackConfig
+from .models.feedback_backbones import BACKBONES
+from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
+from .models.modeling_feedback_text import FeedbackForCausalLM, FeedbackForSequenceClassification
+
+# The ending of the original's class -> the class it becomes.
+HEADS: dict[str, type[FeedbackPreTrainedModel]] = {
+    "ForCausalLM": FeedbackForCausalLM,
+    "LMHeadModel": FeedbackForCausalLM,  # of GPT-2
+    "ForSequenceClassification": FeedbackForSequenceClassification,
+    "Model": FeedbackModel,
+}
+KEPT = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id", "problem_type")
+
+
+def retrofit(
+    model: str | Path | PreTrainedModel,
+    encoder_layers: int,
+    decoder_layers: int = 0,
+    num_feedback_steps: int = 4,
+    axis: str = "depth",
+    **fields: Any,
+) -> FeedbackPreTrainedModel:
+    """A feedback model out of `model`, whose weights the two share.
+
+    Args:
+        model: a name on the Hub, a folder, or a model in memory: of a language model, a sequence classifier, or a
+            base model. It is left as it is.
+        encoder_layers: how many of the first layers run once, before the loop.
+        decoder_layers: how many of the last layers run once, after it.
+        num_feedback_steps: passes of the layers between.
+        axis: `depth`: every pass reads the state of the pass before, at its own position. `time`: that of the
+            position before, in parallel passes (`solver="jacobi"`).
+        fields: any other of FeedbackConfig; `feedback_connection` is `gate` by default.
+
+    Raises:
+        ValueError: for another family than RETROFIT_TYPES, another head, or layers that leave none for the loop.
+    """
+    original = model if isinstance(model, PreTrainedModel) else load(model)
+    config = feedback_config(original, encoder_layers, decoder_layers, num_feedback_steps, axis, fields)
+    with torch.device("meta"):
+        made: Any = head_of(original)(config)
+    feedback = made if isinstance(made, FeedbackModel) else made.model
+    base = share(original.base_model, {id(original.config): config.backbone_config})
+    feedback.adopt(base)
+    if isinstance(made, FeedbackForCausalLM):
+        made.lm_head = share(original.get_output_embeddings())
+    elif isinstance(made, FeedbackForSequenceClassification):
+        take_classifier(made, original)
+    materialise(made, original)
+    feedback.loop.connection.close()
+    if original.can_generate():
+        made.generation_config = copy.deepcopy(original.generation_config)
+    return made.train(original.training)
+
+
+def unretrofit(model: FeedbackPreTrainedModel) -> PreTrainedModel:
+    """The original class back, with the weights that the model has now; its feedback is left out.
+
+    Bit-equal to the original as long as the model was not trained. Merge or unload adapters first.
+    """
+    config = model.config
+    if config.retrofitted_from is None:
+        raise ValueError("This model was not made by retrofit, so there is no other class to give back.")
+    backbone = copy.deepcopy(config.backbone_config)
+    for name in ("vocab_size", *KEPT):
+        setattr(backbone, name, getattr(config, name))
+    with torch.device("meta"):
+        original = getattr(transformers, config.retrofitted_from)(backbone)
+    feedback: Any = model if isinstance(model, FeedbackModel) else model.model
+    family, known = BACKBONES[backbone.model_type], {id(config.backbone_config): backbone}
+    parts = {
+        family.tokens: feedback.embeddings.tokens,
+        family.positions: feedback.positions,
+        family.token_types: feedback.token_types,
+        family.embedding_norm: feedback.embedding_norm,
+        family.norm: feedback.norm,
+        family.rotary: feedback.encoder.rotary,
+        family.pooler: feedback.pooler,
+        family.layers: nn.ModuleList([*feedback.encoder.layers, *feedback.loop.cell.layers, *feedback.decoder.layers]),
+    }
+    for path, part in parts.items():
+        if path is not None and (path != family.pooler or getattr(original.base_model, path, None) is not None):
+            original.base_model.set_submodule(path, share(part, known))
+    if isinstance(model, FeedbackForCausalLM):
+        original.set_output_embeddings(share(model.lm_head))
+    elif isinstance(model, FeedbackForSequenceClassification):
+        give_classifier(model, original)
+    materialise(original, model)
+    if original.can_generate():
+        original.generation_config = copy.deepcopy(model.generation_config)
+    return original.train(model.training)
+
+
+def load(name: str | Path) -> PreTrainedModel:
+    """The model `name`, as the class that its config names."""
+    config = AutoConfig.from_pretrained(name)
+    check_family(config)
+    [architecture] = config.architectures or ["AutoModelForCausalLM"]
+    return getattr(transformers, architecture).from_pretrained(name)
+
+
+def check_family(config: PreTrainedConfig) -> None:
+    if config.model_type not in RETROFIT_TYPES or getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"A {config.model_type} model can't be retrofitted; these can: {', '.join(RETROFIT_TYPES)} "
+            "(BERT and RoBERTa as encoders)."
+        )
+
+
+def head_of(original: PreTrainedModel) -> type[FeedbackPreTrainedModel]:
+    name = type(original).__name__
+    for ending, head in HEADS.items():
+        if name.endswith(ending):
+            return head
+    raise ValueError(f"A {name} can't be retrofitted; classes that end with {', '.join(HEADS)} can.")
+
+
+def feedback_config(
+    original: PreTrainedModel, encoder_layers: int, decoder_layers: int, steps: int, axis: str, fields: dict[str, Any]
+) -> FeedbackConfig:
+    given = original.config
+    check_family(given)
+    between = given.num_hidden_layers - encoder_layers - decoder_layers
+    if encoder_layers < 0 or decoder_layers < 0 or between < 1:
+        raise ValueError(
+            f"{encoder_layers} encoder and {decoder_layers} decoder layers leave {between} of "
+            f"{given.num_hidden_layers} for the loop: leave at least 1."
+        )
+    passes = {"solver": "jacobi", "solver_steps": steps} if axis == "time" else {"num_feedback_steps": steps}
+    config = FeedbackConfig(
+        **{
+            **{name: getattr(given, name) for name in KEPT if getattr(given, name, None) is not None},
+            "backbone_config": given,
+            "retrofitted_from": type(original).__name__,
+            "vocab_size": given.vocab_size,
+            "is_causal": given.model_type not in BIDIRECTIONAL_TYPES,
+            "num_encoder_layers": encoder_layers,
+            "num_feedback_layers": between,
+            "num_decoder_layers": decoder_layers,
+            "feedback_axis": axis,
+            **passes,
+            **fields,
+        }
+    )
+    config._attn_implementation = given._attn_implementation
+    config.name_or_path = given.name_or_path
+    return config
+
+
+def take_classifier(made: FeedbackForSequenceClassification, original: Any) -> None:
+    """The readout of a classifier: of decoders a matrix, of BERT a layer behind its pooler, RoBERTa both in one."""
+    head = getattr(original, "score", None) or original.classifier
+    if hasattr(head, "out_proj"):
+        cast(Any, made.model.pooler).dense = share(head.dense)
+        head = head.out_proj
+    made.classifier = share(head)
+    if made.classifier.bias is None:
+        made.classifier.bias = nn.Parameter(torch.zeros_like(made.classifier.weight[:, 0]))
+
+
+def give_classifier(model: FeedbackForSequenceClassification, original: Any) -> None:
+    if hasattr(original, "score"):
+        original.score.weight = model.classifier.weight
+    elif hasattr(original.classifier, "out_proj"):
+        original.classifier.dense = share(cast(Any, model.model.pooler).dense)
+        original.classifier.out_proj = share(model.classifier)
+    else:
+        original.classifier = share(model.classifier)
+
+
+def share(module: Any, known: dict[int, Any] | None = None) -> Any:
+    """A copy of the module with the same parameters and buffers; `known`: id of a part -> what takes its place."""
+    kept: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, {**kept, **(known or {})})
+
+
+def materialise(made: PreTrainedModel, like: PreTrainedModel) -> None:
+    """Initialises what has no weights yet, on the device and in the type of `like`."""
+    weight: Any = like.get_input_embeddings().weight
+    for module in made.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(tensor.is_meta for tensor in own):
+            module.to_empty(device=weight.device, recurse=False)
+            module.to(weight.dtype)
+            made._init_weights(module)
