@@ -50,6 +50,18 @@ class LoraArguments:
         metadata={"help": "Names of projections, with commas, or all-linear; else PEFT's default."},
     )
 
+    def config(self, **fields: Any) -> LoraConfig:
+        """`fields`: any other of LoraConfig."""
+        names = self.target_modules
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=names.split(",") if names and names != "all-linear" else names,
+            **fields,
+        )
+
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, run_clm.TextArguments, LoraArguments, TrainingArguments)
@@ -70,15 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     old = run_clm.prepare(model_args, old_args)[2]
     validation = {text_args.source: new["validation"], old_args.source: old["validation"]}
 
-    names = lora_args.target_modules
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora_args.lora_r,
-        lora_alpha=lora_args.lora_alpha,
-        lora_dropout=lora_args.lora_dropout,
-        target_modules=names.split(",") if names and names != "all-linear" else names,
-    )
-    model = get_peft_model(model, lora)
+    model = get_peft_model(model, lora_args.config())
     model.print_trainable_parameters()
     trainer = Trainer(
         model,
@@ -93,10 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     def perplexity(dataset: Dataset) -> float:
         return math.exp(trainer.evaluate(dataset)["eval_loss"])
 
-    with model.disable_adapter():
-        before = {name: perplexity(dataset) for name, dataset in validation.items()}
     result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
     scripts.record(trainer, "train", result.metrics)
+    with model.disable_adapter():  # not before training: a model evaluated first is not trained in parallel
+        before = {name: perplexity(dataset) for name, dataset in validation.items()}
     after = {name: perplexity(dataset) for name, dataset in validation.items()}
 
     metrics = {}

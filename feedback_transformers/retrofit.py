@@ -17,6 +17,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from .models.configuration_feedback import BIDIRECTIONAL_TYPES, RETROFIT_TYPES, FeedbackConfig
 from .models.feedback_backbones import BACKBONES
@@ -30,6 +32,9 @@ HEADS: dict[str, type[FeedbackPreTrainedModel]] = {
     "ForSequenceClassification": FeedbackForSequenceClassification,
     "Model": FeedbackModel,
 }
+# What transformers leaves on a model that it loaded quantized. `is_quantized` is left out: with it Trainer refuses
+# models without adapters, but the connection is not quantized, and adapters on int4, which learn here.
+QUANTIZED = ("hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit")
 KEPT = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id", "problem_type")
 
 
@@ -69,6 +74,7 @@ def retrofit(
         take_classifier(made, original)
     materialise(made, original)
     feedback.loop.connection.close()
+    keep_quantized(made, original)
     if original.can_generate():
         made.generation_config = copy.deepcopy(original.generation_config)
     return made.train(original.training)
@@ -107,6 +113,7 @@ def unretrofit(model: FeedbackPreTrainedModel) -> PreTrainedModel:
     elif isinstance(model, FeedbackForSequenceClassification):
         give_classifier(model, original)
     materialise(original, model)
+    keep_quantized(original, model)
     if original.can_generate():
         original.generation_config = copy.deepcopy(model.generation_config)
     return original.train(model.training)
@@ -165,6 +172,7 @@ def feedback_config(
     )
     config._attn_implementation = given._attn_implementation
     config.name_or_path = given.name_or_path
+    config.backbone_config.__dict__.pop("quantization_config", None)  # keep_quantized writes it anew
     return config
 
 
@@ -176,7 +184,9 @@ def take_classifier(made: FeedbackForSequenceClassification, original: Any) -> N
         head = head.out_proj
     made.classifier = share(head)
     if made.classifier.bias is None:
-        made.classifier.bias = nn.Parameter(torch.zeros_like(made.classifier.weight[:, 0]))
+        weight: Any = original.get_input_embeddings().weight
+        zeros = torch.zeros(made.classifier.out_features, dtype=weight.dtype, device=weight.device)
+        made.classifier.bias = nn.Parameter(zeros)
 
 
 def give_classifier(model: FeedbackForSequenceClassification, original: Any) -> None:
@@ -191,8 +201,24 @@ def give_classifier(model: FeedbackForSequenceClassification, original: Any) -> 
 
 def share(module: Any, known: dict[int, Any] | None = None) -> Any:
     """A copy of the module with the same parameters and buffers; `known`: id of a part -> what takes its place."""
-    kept: dict[int, Any] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, {**kept, **(known or {})})
+    kept = [*module.parameters(), *module.buffers(), *beside_weights(module)]
+    return copy.deepcopy(module, {**{id(each): each for each in kept}, **(known or {})})
+
+
+def beside_weights(module: nn.Module) -> list[Any]:
+    """What layers of bitsandbytes keep beside their weights, made such that two modules can share it."""
+    beside: list[Any] = []
+    for part in cast(Any, module.modules()):
+        if hasattr(part, "init_8bit_state"):
+            if part.weight.CB is not None:
+                part.init_8bit_state()  # which the first of the two would else take away from the other
+            beside += [part.state.CB, part.state.SCB]
+        elif hasattr(part, "support_avx512bf16_for_cpu"):
+            if getattr(part.weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError("An evaluation packed these 4-bit weights, so adapters can't learn: load them again.")
+            part.support_avx512bf16_for_cpu = False  # or one would
+            beside.append(part.quant_state)
+    return beside
 
 
 def materialise(made: PreTrainedModel, like: PreTrainedModel) -> None:
@@ -204,3 +230,36 @@ def materialise(made: PreTrainedModel, like: PreTrainedModel) -> None:
             module.to_empty(device=weight.device, recurse=False)
             module.to(weight.dtype)
             made._init_weights(module)
+
+
+def keep_quantized(made: PreTrainedModel, like: PreTrainedModel) -> None:
+    """Makes what transformers and PEFT know of `like`, a quantized model, known of `made`, to save and adapt it."""
+    if not hasattr(like, "hf_quantizer") and any(type(p).__module__.startswith("torchao.") for p in like.parameters()):
+        cast(Any, made).hf_quantizer = InMemory(QuantizationConfigMixin(QuantizationMethod.TORCHAO))
+    for name in QUANTIZED:
+        if hasattr(like, name):
+            setattr(made, name, getattr(like, name))
+    if hasattr(like.config, "quantization_config"):
+        config = copy.deepcopy(like.config.quantization_config)
+        linear = {name: part for name, part in made.named_modules() if isinstance(part, nn.Linear)}
+        whole = [name for name, part in linear.items() if type(part.weight) is nn.Parameter]
+        of_bitsandbytes = hasattr(config, "llm_int8_skip_modules")
+        setattr(config, "llm_int8_skip_modules" if of_bitsandbytes else "modules_to_not_convert", whole)
+        made.config.quantization_config = config
+
+
+class InMemory(HfQuantizer):
+    """Of a model that torchao quantized, not transformers, which would fail to save it without saying why."""
+
+    is_trainable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
+        if not model._hf_peft_config_loaded:
+            raise ValueError(
+                "A model that was quantized in memory can't be saved whole: save its adapters, or let transformers "
+                "quantize the original, with from_pretrained(..., quantization_config=...), and retrofit that."
+            )
+        return None, {}

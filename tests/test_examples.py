@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from peft import PeftModel
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+
+from feedback_transformers import retrofit, unretrofit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 METRICS = {
@@ -21,6 +25,12 @@ METRICS = {
     "run_image_classification": ["test_accuracy", "test_accuracy_step_1", "test_accuracy_step_4"],
     "run_forecasting": ["test_mase", "test_mase_naive_24", "test_mase_naive_168"],
     "finetune_lora": ["perplexity_before_python-docs", "perplexity_after_python-docs", "perplexity_after_shakespeare"],
+    "retrofit_lora": [
+        "perplexity_original_python-docs",
+        "perplexity_before_python-docs_step_4",
+        "perplexity_after_python-docs_step_1",
+        "perplexity_after_shakespeare_step_4",
+    ],
 }
 
 
@@ -175,6 +185,41 @@ def test_a_resumed_run_ends_where_the_whole_one_does(script, tmp_path):
     assert last["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6), "nothing was left to train"
 
 
+@pytest.mark.parametrize("axis", ["depth", "time"])
+def test_a_resumed_retrofit_has_the_losses_of_the_whole_one(axis, tmp_path):
+    """With the steps of its curriculum, and the divergence from the original."""
+    flags = ["--axis", axis, "--max_steps", 6, "--curriculum", 1, "--lora_dropout", 0.1, "--distillation_weight", 1]
+    whole = run("retrofit_lora", *flags, "--save_total_limit", 3, "--output_dir", tmp_path / "whole")
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    again = ["--output_dir", tmp_path / "again", "--resume_from_checkpoint", checkpoint]
+    assert run("retrofit_lora", *flags, *again) == pytest.approx(whole, rel=1e-6)
+    losses = [
+        [entry["loss"] for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"][:6]]
+        for folder in (tmp_path / "whole", tmp_path / "again")
+    ]
+    assert len(losses[0]) == 6 and losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("axis", ["depth", "time"])
+def test_what_a_retrofit_leaves(axis, tmp_path):
+    """The merged model loads by its config alone, and is the original with the adapter, whose share was trained."""
+    measured = run("retrofit_lora", "--axis", axis, "--learning_rate", 1e-2, "--output_dir", tmp_path)
+    for text in ("python-docs", "shakespeare"):
+        for steps in (1, 4):
+            before = measured[f"perplexity_before_{text}_step_{steps}"]
+            assert before == pytest.approx(measured[f"perplexity_original_{text}"], rel=1e-5), "exact at birth"
+    assert measured["perplexity_after_python-docs_step_4"] < measured["perplexity_before_python-docs_step_4"]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert merged.config.retrofitted_from == "LlamaForCausalLM" and merged.config.feedback_axis == axis
+    layers = [getattr(merged.config, f"num_{part}_layers") for part in ("encoder", "feedback", "decoder")]
+    assert layers == [1, 1, 1]
+    adapted = PeftModel.from_pretrained(retrofit(tmp_path / "base", 1, 1, 4, axis), tmp_path / "adapter").eval()
+    batch = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        assert (merged(batch).logits - adapted(batch).logits).abs().max() < 1e-5
+        assert (merged(batch).logits - unretrofit(merged)(batch).logits).abs().max() > 1e-5, "the feedback is open"
+
+
 def test_the_body_of_a_language_model_classifies(tmp_path):
     run("run_clm", "--output_dir", tmp_path / "clm")
     run("run_classification", "--model_name_or_path", tmp_path / "clm", "--output_dir", tmp_path / "out")
@@ -237,6 +282,7 @@ def test_a_series_shorter_than_a_window(tmp_path):
         run("run_forecasting", "--train_file", tmp_path / "short.csv", "--output_dir", tmp_path / "out")
 
 
-def test_lora_without_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("script", ["finetune_lora", "retrofit_lora"])
+def test_lora_without_a_checkpoint(script, tmp_path):
     with pytest.raises(ValueError, match="Give --model_name_or_path"):
-        run("finetune_lora", "--output_dir", tmp_path, smoke=False)
+        run(script, "--output_dir", tmp_path, smoke=False)

@@ -28,13 +28,20 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def find(package: str, path: str) -> Path | None:
+    """The file or folder `path` of a package, or None where it is not installed."""
+    if installed_version(package) is None:
+        return None
+    found = Path(str(distribution(package).locate_file(path)))
+    return found if found.exists() else None
+
+
 def file(package: str, path: str) -> Path:
-    """The file or folder `path` of an installed package."""
-    if installed_version(package) is not None:
-        found = Path(str(distribution(package).locate_file(path)))
-        if found.exists():
-            return found
-    raise _missing(f"{package}=={PACKAGES[package]}")
+    """The file or folder `path` of one of PACKAGES."""
+    found = find(package, path)
+    if found is None:
+        raise _missing(f"{package}=={PACKAGES[package]}")
+    return found
 
 
 def archive(package: str) -> Path:
@@ -46,9 +53,13 @@ def archive(package: str) -> Path:
 
 
 def archive_path(package: str) -> Path:
-    """Where `archive` looks: in $FEEDBACK_TRANSFORMERS_CACHE, or else ~/.cache/feedback_transformers."""
-    cache = os.environ.get("FEEDBACK_TRANSFORMERS_CACHE") or "~/.cache/feedback_transformers"
-    return Path(cache).expanduser() / f"{package}-{ARCHIVES[package]}.zip"
+    """Where `archive` looks."""
+    return cache_directory() / f"{package}-{ARCHIVES[package]}.zip"
+
+
+def cache_directory() -> Path:
+    """$FEEDBACK_TRANSFORMERS_CACHE, or else ~/.cache/feedback_transformers."""
+    return Path(os.environ.get("FEEDBACK_TRANSFORMERS_CACHE") or "~/.cache/feedback_transformers").expanduser()
 
 
 def _missing(what: str) -> ImportError:

@@ -395,6 +395,11 @@ class FeedbackConfig(PreTrainedConfig):
         for name in ("solver_tolerance", "halting_threshold"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0, or None.")
+        if self.halting in ("learned", "act") and (self.halting_threshold or 0) > 1:
+            raise ValueError(
+                f"halting_threshold is {self.halting_threshold}; halting={self.halting!r} compares it with a "
+                "probability: give at most 1."
+            )
         if not 0 < self.halting_prior < 1:
             raise ValueError(f"halting_prior is {self.halting_prior}; it must be above 0 and below 1.")
         if not 0 <= self.dropout < 1:

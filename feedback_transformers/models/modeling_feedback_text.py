@@ -148,6 +148,7 @@ class FeedbackQuestionAnsweringOutput(ModelOutput):
     end_logits: Tensor | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
+    num_feedback_steps: Tensor | None = None
 
 
 class FeedbackForQuestionAnswering(FeedbackClassifier):
@@ -188,4 +189,5 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
             end_logits=end,
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
+            num_feedback_steps=outputs.num_feedback_steps,
         )

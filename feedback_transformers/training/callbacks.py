@@ -28,16 +28,28 @@ class SampleFeedbackSteps(TrainerCallback):
     """Trains each step with another number of feedback steps, so that afterwards any number works.
 
     A model trained at a fixed number of passes is good only at that number. Evaluation uses the config's number.
+
+    Args:
+        curriculum: the share of training over which the maximum grows linearly from `minimum` to `maximum`.
     """
 
-    def __init__(self, minimum: int, maximum: int) -> None:
+    def __init__(self, minimum: int, maximum: int, curriculum: float = 0.0) -> None:
         draw_steps(0, minimum, maximum)  # refuses a wrong range at once
-        self.minimum, self.maximum = minimum, maximum
+        if not 0 <= curriculum <= 1:
+            raise ValueError(f"curriculum ({curriculum}) is a share of training, from 0 to 1.")
+        self.minimum, self.maximum, self.curriculum = minimum, maximum, curriculum
+
+    def most(self, progress: float) -> int:
+        """The maximum after the share `progress` of training."""
+        if progress >= self.curriculum:
+            return self.maximum
+        return self.minimum + int((self.maximum - self.minimum) * progress / self.curriculum)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        set_steps(model, draw_steps(state.global_step, self.minimum, self.maximum, args.seed))
+        most = self.most(state.global_step / state.max_steps)
+        set_steps(model, draw_steps(state.global_step, self.minimum, most, args.seed))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
