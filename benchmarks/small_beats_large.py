@@ -46,6 +46,7 @@ FEEDBACK: dict[str, Any] = {
     "feedback_axis": "time",
     "solver": "jacobi",
     "gradient_steps": 3,
+    "supervision": "all",
 }
 # The same for all models, found on a small feed-forward one; benchmarks/LOG.md has the search.
 RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 7e-3, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
@@ -105,15 +106,13 @@ def validation_losses(model: nn.Module, rest: Tensor, steps: range | None, seque
     losses = []
     for number in steps or [None]:
         arguments: dict[str, Any] = {} if number is None else {"num_feedback_steps": number}
-        total = sum(next_loss(model, batch, **arguments).item() * len(batch) for batch in batches)
+        logits = (model(batch[:, :-1], use_cache=False, **arguments).logits for batch in batches)
+        total = sum(
+            nn.functional.cross_entropy(part.flatten(0, 1), batch[:, 1:].flatten()).item() * len(batch)
+            for part, batch in zip(logits, batches, strict=True)
+        )
         losses.append(total / sequences)
     return losses
-
-
-def next_loss(model: nn.Module, batch: Tensor, **arguments: Any) -> Tensor:
-    """Cross-entropy of all 128 next characters of a batch [B, 129]."""
-    logits = model(batch[:, :-1], use_cache=False, **arguments).logits
-    return nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
@@ -131,7 +130,8 @@ def run(name: str, seed: int) -> dict[str, Any]:
         starts = torch.randint(0, len(train) - LENGTH - 1, (int(RECIPE["batch"]),), generator=generator)
         batch = train[starts[:, None] + torch.arange(LENGTH + 1)]
         steps = {"num_feedback_steps": draw_steps(step, *SAMPLED, seed)} if name == "feedback" else {}
-        next_loss(model, batch, **steps).backward()
+        targets = batch[:, 1:].contiguous()
+        model(batch[:, :-1], labels=targets, shift_labels=targets, use_cache=False, **steps).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, lrs in zip(both, rates, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):

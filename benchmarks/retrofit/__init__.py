@@ -1,0 +1,1 @@
+"""Retrofitted pretrained models, on tasks whose number of steps is a dial."""

@@ -1,0 +1,199 @@
+"""Multi-step reasoning: a retrofitted SmolLM2 against plain LoRA with as many trained parameters and as much time.
+
+Trained on 1 to 4 steps of a family (families.py), tested on twice and three times as many, with 1 to 8 passes. All
+models see the same examples in the same order, with the states on the way as labels where a family has them.
+
+Every fourth step of all models reads ordinary text instead, and keeps to what the original says of it (the
+Kullback-Leibler divergence from it), so that nothing is lost: the perplexities at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from benchmarks.tasks.runner import IGNORED, TEST_SEED
+from feedback_transformers import data
+
+from .families import FAMILIES, accuracy, encode
+from .pretrained import smollm2
+from .training import adapted, draws, to_bfloat16, train, trained_parameters
+
+TRAINED, TESTED = (1, 4), (4, 8, 12)  # steps of reasoning
+PASSES = (1, 2, 4, 8)  # in the test
+BATCH, ORDINARY = 16, 4  # examples a step; every so many steps, one of ordinary text
+KEEPS = "cups"  # after this family, ordinary texts are tested
+LENGTH, CHARACTERS = 128, 100_000  # of ordinary text: tokens a row, characters of the test
+TEXTS = {"python-docs": "train", "shakespeare": "test"}  # what is tested, and its split: nothing trains on either
+ORDINARY_TEXTS = ("aws-docs", "shakespeare")
+TRAINING = 300.0  # seconds of one thread
+MODELS: dict[str, tuple[int, dict[str, Any] | None]] = {  # rank of the adapters, what is retrofitted
+    "plain": (16, None),
+    # In chunks of 6 tokens, about a step of reasoning each: exact, in one pass, so about as fast as without feedback.
+    "time": (
+        19,
+        {"encoder_layers": 10, "decoder_layers": 2, "axis": "time", "solver": "sequential", "feedback_interval": 6},
+    ),
+    "depth": (31, {"encoder_layers": 18, "decoder_layers": 6, "axis": "depth"}),
+}
+DRAWN = (1, 4)  # passes in training, in depth
+
+
+def run(family: str, name: str, seed: int, seconds: float = TRAINING, number: int = 64) -> dict[str, Any]:
+    """One line of the results."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    original, tokenizer = smollm2()
+    rank, feedback = MODELS[name]
+    model = adapted(original, rank, feedback)
+    teacher = to_bfloat16(original).requires_grad_(False)
+    batches, loss = examples(family, name, seed, tokenizer), partial(loss_of, model, teacher)
+    steps, losses = train(model, batches, loss, seconds)
+    model.eval()
+    right: dict[str, dict[str, float]] = {}
+    lost: dict[str, dict[str, float]] = {}
+    with torch.autocast("cpu", torch.bfloat16):
+        for k in modes(name):
+            arguments = passes(model, k)
+            right[k] = {
+                str(n): accuracy(model, FAMILIES[family].examples(n, number, TEST_SEED), tokenizer, 32, **arguments)
+                for n in TESTED
+            }
+            if family == KEEPS and k in ("1", "4"):
+                lost[k] = perplexities(model, tokenizer, **arguments)
+    return {
+        "parameters": trained_parameters(model),
+        "steps": steps,
+        "loss": sum(losses[-20:]) / len(losses[-20:]),
+        "accuracy": right,
+        "perplexity": lost,
+    }
+
+
+def modes(name: str) -> list[str]:
+    """How a model is run in the test: with so many passes, or as it was trained."""
+    return {"plain": ["1"], "time": ["1", "2", "4", "8", "in order"], "depth": ["1", "2", "4", "8"]}[name]
+
+
+def passes(model: Any, mode: str) -> dict[str, Any]:
+    """The arguments of a call; along time, passes are those of Jacobi's iteration."""
+    config = model.config
+    if getattr(config, "feedback_axis", None) == "time":
+        config.solver = "sequential" if mode == "in order" else "jacobi"
+    elif config.model_type != "feedback":
+        return {}
+    return {} if mode == "in order" else {"num_feedback_steps": int(mode)}
+
+
+def examples(family: str, name: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
+    """Batches of a family, and in their turn of ordinary text, with the number of passes."""
+    ordinary = torch.cat([tokens(text, "train", tokenizer) for text in ORDINARY_TEXTS])
+    for step, drawn in enumerate(draws(seed)):
+        steps, drawn_passes = drawn.randint(*TRAINED), drawn.randint(*DRAWN)
+        if step % ORDINARY == ORDINARY - 1:
+            starts = [drawn.randrange(len(ordinary) - LENGTH) for _ in range(BATCH // 4)]
+            rows = torch.stack([ordinary[start : start + LENGTH] for start in starts])
+            batch: dict[str, Any] = {"input_ids": rows}
+        else:
+            batch = encode(FAMILIES[family].examples(steps, BATCH, 1000 * seed + step), tokenizer, True)
+        if name == "depth":
+            batch["num_feedback_steps"] = drawn_passes
+        yield batch
+
+
+def loss_of(model: Any, original: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """Cross-entropy of what is labelled; of text that isn't, the divergence from the original."""
+    body, head = model.get_base_model().model, model.get_base_model().lm_head
+    labels = batch.pop("labels", None)
+    y = body(**batch, use_cache=False).last_hidden_state
+    if labels is None:
+        with torch.no_grad():
+            expected = original(batch["input_ids"], use_cache=False).logits.float().log_softmax(-1)
+        said = head(y).float().log_softmax(-1)
+        return F.kl_div(said.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean")
+    labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    wanted = labels != IGNORED  # logits of these alone: 49,152 a position
+    return F.cross_entropy(head(y[wanted]).float(), labels[wanted])
+
+
+@cache
+def tokens(text: str, split: str, tokenizer: PreTrainedTokenizerBase, characters: int | None = CHARACTERS) -> Tensor:
+    """[N] of the first so many characters of a text's split."""
+    rows = data.load(text)[split]
+    whole = "\n".join(rows["text" if "text" in rows.column_names else "source"])[:characters]
+    return torch.tensor(tokenizer(whole, add_special_tokens=False)["input_ids"])
+
+
+def perplexities(model: Any, tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> dict[str, float]:
+    return {text: perplexity(model, tokens(text, split, tokenizer), **arguments) for text, split in TEXTS.items()}
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor, **arguments: Any) -> float:
+    """Of a text's tokens [N], in rows of 512."""
+    rows, total = ids[: len(ids) // 512 * 512].view(-1, 512), 0.0
+    for row in rows.split(4):
+        logits = model(input_ids=row[:, :-1], use_cache=False, **arguments).logits
+        total += F.cross_entropy(logits.flatten(0, 1).float(), row[:, 1:].flatten()).item() * len(row)
+    return math.exp(total / len(rows))
+
+
+def untrained(name: str, seed: int) -> dict[str, Any]:
+    """The perplexities of the original."""
+    torch.set_num_threads(1)
+    model, tokenizer = smollm2()
+    with torch.autocast("cpu", torch.bfloat16):
+        return {"perplexity": perplexities(to_bfloat16(model).eval(), tokenizer)}
+
+
+def report(family: str, lines: dict[str, list[dict[str, Any]]]) -> None:
+    """Accuracies by number of steps of reasoning, a row a model, number of passes and seed."""
+    print(f"Trained on {TRAINED[0]} to {TRAINED[1]} steps; a guess is right in {FAMILIES[family].chance:.0%}.\n")
+    columns = " | ".join(f"{n} steps" for n in TESTED)
+    print(f"| model | seed | trained parameters | steps trained | passes | {columns} |")
+    print("|---|---|---|---|---|", "---|" * len(TESTED), sep="")
+    for name, runs in lines.items():
+        for line in runs:
+            for mode, right in line["accuracy"].items():
+                shown = " | ".join(f"{right[str(n)]:.2f}" for n in TESTED)
+                print(f"| {name} | {line['seed']} | {line['parameters']:,} | {line['steps']} | {mode} | {shown} |")
+
+
+def report_original(lines: dict[str, list[dict[str, Any]]]) -> None:
+    values = lines["original"][0]["perplexity"].items()
+    print("Perplexity of the original:", ", ".join(f"{text} {value:.3f}" for text, value in values))
+
+
+def best(lines: list[dict[str, Any]], steps: int) -> float:
+    """The accuracy at that many steps, mean over the seeds, with the number of passes that is best for it."""
+    means = [statistics.mean(line["accuracy"][mode][str(steps)] for line in lines) for mode in lines[0]["accuracy"]]
+    return max(means)
+
+
+def checks(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, bool]:
+    """What was to be reached, as far as its runs are there."""
+    said, gains, twice = {}, {}, 2 * TRAINED[1]
+    for family in FAMILIES:
+        known = {name: best(lines, twice) for name, lines in runs[family].items()}
+        if "plain" in known and len(known) > 1:
+            gains[family] = max(value for name, value in known.items() if name != "plain") - known["plain"]
+    if gains:
+        shown = ", ".join(f"{family} {gain:+.2f}" for family, gain in gains.items())
+        said[f"20 points above plain LoRA at {twice} steps in a family ({shown})"] = max(gains.values()) >= 0.2
+        said["no family below plain LoRA"] = min(gains.values()) >= 0
+    original = runs["nothing-lost"].get("original")
+    for name, lines in runs[KEEPS].items() if original else ():
+        for mode, texts in lines[0]["perplexity"].items():
+            change = {text: value / original[0]["perplexity"][text] - 1 for text, value in texts.items()}
+            shown = ", ".join(f"{text} {value:+.1%}" for text, value in change.items())
+            sentence = f"{name}, after {KEEPS}, passes {mode}: perplexity within 1 % of the original ({shown})"
+            said[sentence] = max(change.values()) <= 0.01
+    return said
