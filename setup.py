@@ -20,6 +20,7 @@ TRAIN = [
     "scikit-learn>=1.5,<2",
     "tensorboard>=2.18,<3",
 ]
+QUANTIZATION = ["accelerate>=1.10,<2", "bitsandbytes>=0.50,<1", "torchao>=0.18,<1"]
 FAST = ["numba>=0.62,<1"]
 MINGRU = ["minGRU-pytorch>=0.2.1,<0.3"]
 BENCH = ["feedback-transformer-pytorch>=0.0.11,<0.1", *MINGRU, "tiny-recursive-model>=0.0.15,<0.1"]
@@ -42,7 +43,8 @@ setup(
         "train": TRAIN,
         "data": DATA,
         "fast": FAST,
+        "quantization": QUANTIZATION,
         "bench": BENCH + FAST,
-        "dev": TRAIN + FAST + MINGRU + DEV,
+        "dev": TRAIN + FAST + MINGRU + QUANTIZATION + DEV,
     },
 )
