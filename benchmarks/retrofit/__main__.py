@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.timing import RESULTS, append
 
-from . import adaptation, reasoning
+from . import adaptation, costs, reasoning
 from .families import FAMILIES
 
 FILE = RESULTS / "retrofit.jsonl"
@@ -31,6 +31,7 @@ class Experiment(NamedTuple):
 
 
 EXPERIMENTS = {
+    "costs": Experiment(costs.AXES, costs.costs, costs.report),
     **{
         name: Experiment(tuple(reasoning.MODELS), partial(reasoning.run, name), partial(reasoning.report, name))
         for name in FAMILIES
@@ -55,7 +56,7 @@ def report() -> bool:
         if runs[name]:
             print(f"\n### {name}\n")
             experiment.report(runs[name])
-    checks = reasoning.checks(runs)
+    checks = {**costs.checks(runs["costs"]), **reasoning.checks(runs)}
     print()
     for sentence, reached in checks.items():
         print(f"{'pass' if reached else 'FAIL'}  {sentence}")

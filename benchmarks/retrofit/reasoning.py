@@ -69,12 +69,17 @@ def run(family: str, name: str, seed: int, seconds: float = TRAINING, number: in
             }
             if family == KEEPS and k in ("1", "4"):
                 lost[k] = perplexities(model, tokenizer, **arguments)
+        cached = {}
+        if family == KEEPS and name == "depth":
+            ids = tokens("python-docs", "train", tokenizer)
+            cached = {shared: cached_perplexity(model, ids, shared) for shared in ("own", "shared")}
     return {
         "parameters": trained_parameters(model),
         "steps": steps,
         "loss": sum(losses[-20:]) / len(losses[-20:]),
         "accuracy": right,
         "perplexity": lost,
+        "perplexity of 4 passes, by slots of the cache": cached,
     }
 
 
@@ -144,6 +149,20 @@ def perplexity(model: nn.Module, ids: Tensor, **arguments: Any) -> float:
         logits = model(input_ids=row[:, :-1], use_cache=False, **arguments).logits
         total += F.cross_entropy(logits.flatten(0, 1).float(), row[:, 1:].flatten()).item() * len(row)
     return math.exp(total / len(rows))
+
+
+@torch.no_grad()
+def cached_perplexity(model: Any, ids: Tensor, slots: str, part: int = 8) -> float:
+    """Of 4 rows of 512 tokens read 8 at a time, with a slot of the cache for every pass or one shared by all."""
+    model.get_base_model().model.loop.cell.shares_slots = slots == "shared"
+    rows = ids[: 4 * 512].view(4, 512)
+    cache, logits = None, []
+    for start in range(0, 512, part):
+        given = rows[:, start : start + part]
+        outputs = model(input_ids=given, past_key_values=cache, use_cache=True, num_feedback_steps=4)
+        cache = outputs.past_key_values
+        logits.append(outputs.logits)
+    return math.exp(F.cross_entropy(torch.cat(logits, 1)[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten()).item())
 
 
 def untrained(name: str, seed: int) -> dict[str, Any]:
