@@ -48,15 +48,13 @@ def costs(name: str, seed: int) -> dict[str, Any]:
 
 
 def report(lines: dict[str, list[dict[str, Any]]]) -> None:
-    print(
-        "| axis | parameters added | memory added | time of one pass, reading | writing | logits apart, 1 to 8 passes |"
-    )
+    print("| axis | parameters added | memory added | one pass, reading | writing | logits apart, 1 to 8 passes |")
     print("|---|---|---|---|---|---|")
     for name, runs in lines.items():
         for line in runs:
             apart = max(line["logits"].values())
             print(
-                f"| {name} | {line['parameters']:.2%} | {line['memory']:.1%} | {line['reading']:.2f} of the original's "
+                f"| {name} | {line['parameters']:.2%} | {line['memory']:.1%} | {line['reading']:.2f} of its time "
                 f"| {line['writing']:.2f} | {apart:.1e} |"
             )
 
