@@ -34,7 +34,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(PYTHON) -m pip install --quiet --editable ".[bench]" --constraint constraints.txt
-	$(PYTHON) -m pip install --quiet --no-deps kaidoku==1.0.1
+	$(PYTHON) -m pip install --quiet --no-deps kaidoku==1.0.1 $$($(PYTHON) -m benchmarks.retrofit.packages)
 	$(PYTHON) -m benchmarks
 
 clean:

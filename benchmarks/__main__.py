@@ -10,7 +10,7 @@ import argparse
 import subprocess
 import sys
 
-RUNS = ("small_beats_large", "exactness", "halting", "claims", "tasks")
+RUNS = ("small_beats_large", "exactness", "halting", "claims", "tasks", "retrofit")
 
 
 def main() -> int:

