@@ -86,7 +86,8 @@ def chains(generator: random.Random, steps: int) -> Example:
 def cups(generator: random.Random, steps: int) -> Example:
     """The cup, one of 5, with the ball after `steps` swaps of two cups."""
     start, pairs = generator.choice(CUPS), [generator.sample(CUPS, 2) for _ in range(steps)]
-    text, states = f"ball {start}.", []
+    text = f"ball {start}."
+    states = [(len(text), start)]
     for i, (one, other) in enumerate(pairs):
         text += f" swap {one} {other}."
         states.append((len(text), follow(start, pairs[: i + 1])))
@@ -96,7 +97,8 @@ def cups(generator: random.Random, steps: int) -> Example:
 def sums(generator: random.Random, steps: int) -> Example:
     """The sum modulo 10 of `steps` + 1 digits."""
     digits = [generator.randrange(10) for _ in range(steps + 1)]
-    text, states = f"mod 10: {digits[0]}", []
+    text = f"mod 10: {digits[0]}"
+    states = [(len(text), str(digits[0]))]
     for i in range(1, len(digits)):
         text += f" + {digits[i]}"
         states.append((len(text), str(sum(digits[: i + 1]) % 10)))
@@ -134,8 +136,8 @@ def encode(
 ) -> dict[str, Tensor]:
     """Prompts and answers, padded on the right: `input_ids`, `attention_mask` and `labels`, all [N, T].
 
-    The label of an answer is at its own position, as models with a causal loss expect it, and that of a state is where
-    the token would stand that says it; the others are IGNORED.
+    The label of an answer is at its own position, as models with a causal loss expect it; the others are IGNORED, or
+    with states, from the first on, what holds behind the token before.
     """
     prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
     wholes = tokenizer([e.prompt + e.answer for e in examples], add_special_tokens=False)["input_ids"]
@@ -150,7 +152,8 @@ def encode(
     for row, (prompt, _, states) in enumerate(examples if with_states else ()):
         for length, state in states:
             before = tokenizer(prompt[:length], add_special_tokens=False)["input_ids"]
-            [labels[row, len(before)]] = tokenizer(state, add_special_tokens=False)["input_ids"]
+            [label] = tokenizer(state, add_special_tokens=False)["input_ids"]
+            labels[row, len(before) : int(answers[row])] = label  # until the next one
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

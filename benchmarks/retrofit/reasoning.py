@@ -28,7 +28,6 @@ from .pretrained import smollm2
 from .training import adapted, draws, to_bfloat16, train, trained_parameters
 
 TRAINED, TESTED = (1, 4), (4, 8, 12)  # steps of reasoning
-PASSES = (1, 2, 4, 8)  # in the test
 BATCH, ORDINARY = 16, 4  # examples a step; every so many steps, one of ordinary text
 KEEPS = "cups"  # after this family, ordinary texts are tested
 LENGTH, CHARACTERS = 128, 100_000  # of ordinary text: tokens a row, characters of the test
@@ -39,8 +38,8 @@ MODELS: dict[str, tuple[int, dict[str, Any] | None]] = {  # rank of the adapters
     "plain": (16, None),
     # In chunks of 6 tokens, about a step of reasoning each: exact, in one pass, so about as fast as without feedback.
     "time": (
-        19,
-        {"encoder_layers": 10, "decoder_layers": 2, "axis": "time", "solver": "sequential", "feedback_interval": 6},
+        17,
+        {"encoder_layers": 8, "decoder_layers": 2, "axis": "time", "solver": "sequential", "feedback_interval": 6},
     ),
     "depth": (31, {"encoder_layers": 18, "decoder_layers": 6, "axis": "depth"}),
 }
