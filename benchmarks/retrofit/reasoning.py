@@ -1,9 +1,9 @@
 """Multi-step reasoning: a retrofitted SmolLM2 against plain LoRA with as many trained parameters and as much time.
 
-Trained on 1 to 4 steps of a family (families.py), tested on twice and three times as many, with 1 to 8 passes. All
+Trained on 1 to 6 steps of a family (families.py), tested on twice and three times as many, with 1 to 8 passes. All
 models see the same examples in the same order, with the states on the way as labels where a family has them.
 
-Every fourth step of all models reads ordinary text instead, and keeps to what the original says of it (the
+Every eighth step of all models reads ordinary text instead, and keeps to what the original says of it (the
 Kullback-Leibler divergence from it), so that nothing is lost: the perplexities at the end.
 """
 
@@ -22,18 +22,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.tasks.runner import IGNORED, TEST_SEED
 from feedback_transformers import data
+from feedback_transformers.retrofit import share
 
 from .families import FAMILIES, accuracy, encode
 from .pretrained import smollm2
 from .training import adapted, draws, to_bfloat16, train, trained_parameters
 
-TRAINED, TESTED = (1, 4), (4, 8, 12)  # steps of reasoning
-BATCH, ORDINARY = 16, 4  # examples a step; every so many steps, one of ordinary text
+TRAINED, TESTED = (1, 6), (6, 12, 18)  # steps of reasoning
+BATCH, ORDINARY = 16, 8  # examples a step; every so many steps, one of ordinary text
 KEEPS = "cups"  # after this family, ordinary texts are tested
 LENGTH, CHARACTERS = 128, 100_000  # of ordinary text: tokens a row, characters of the test
 TEXTS = {"python-docs": "train", "shakespeare": "test"}  # what is tested, and its split: nothing trains on either
 ORDINARY_TEXTS = ("aws-docs", "shakespeare")
-TRAINING = 300.0  # seconds of one thread
+TRAINING = 800.0  # seconds of one thread
 MODELS: dict[str, tuple[int, dict[str, Any] | None]] = {  # rank of the adapters, what is retrofitted
     "plain": (16, None),
     # In chunks of 6 tokens, about a step of reasoning each: exact, in one pass, so about as fast as without feedback.
@@ -52,8 +53,8 @@ def run(family: str, name: str, seed: int, seconds: float = TRAINING, number: in
     torch.manual_seed(seed)
     original, tokenizer = smollm2()
     rank, feedback = MODELS[name]
+    teacher = to_bfloat16(share(original)).requires_grad_(False)
     model = adapted(original, rank, feedback)
-    teacher = to_bfloat16(original).requires_grad_(False)
     batches, loss = examples(family, name, seed, tokenizer), partial(loss_of, model, teacher)
     steps, losses = train(model, batches, loss, seconds)
     model.eval()
