@@ -18,7 +18,12 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .models.configuration_feedback import BIDIRECTIONAL_TYPES, RETROFIT_TYPES, FeedbackConfig
+from .models.configuration_feedback import (
+    BIDIRECTIONAL_TYPES,
+    RETROFIT_TYPES,
+    SHARED_WITH_BACKBONE,
+    FeedbackConfig,
+)
 from .models.feedback_backbones import BACKBONES
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
 from .models.modeling_feedback_text import FeedbackForCausalLM, FeedbackForSequenceClassification
@@ -44,6 +49,9 @@ def retrofit(
 ) -> FeedbackPreTrainedModel:
     """A feedback model out of `model`, whose weights the two share.
 
+    They are the same tensors: what changes or freezes those of one, does so in the other. Adapters leave them alone; to
+    train all of the weights, or to resize the embeddings, give a copy.
+
     Args:
         model: a name on the Hub, a folder, or a model in memory: of a language model, a sequence classifier, or a
             base model. It is left as it is.
@@ -55,9 +63,11 @@ def retrofit(
         fields: any other of FeedbackConfig; `feedback_connection` is `gate` by default.
 
     Raises:
-        ValueError: for another family than RETROFIT_TYPES, another head, or layers that leave none for the loop.
+        ValueError: for another family than RETROFIT_TYPES, another head, a model with adapters, or layers that leave
+            none for the loop.
     """
-    original = model if isinstance(model, PreTrainedModel) else load(model)
+    original = load(model) if isinstance(model, str | Path) else model
+    check_shareable(original)
     config = feedback_config(original, encoder_layers, decoder_layers, num_feedback_steps, axis, fields)
     with torch.device("meta"):
         made: Any = head_of(original)(config)
@@ -71,6 +81,7 @@ def retrofit(
     materialise(made, original)
     feedback.loop.connection.close()
     keep_quantized(made, original)
+    keep_checkpointing(made, original)
     if original.can_generate():
         made.generation_config = copy.deepcopy(original.generation_config)
     return made.train(original.training)
@@ -81,14 +92,22 @@ def unretrofit(model: FeedbackPreTrainedModel) -> PreTrainedModel:
 
     Bit-equal to the original as long as the model was not trained. Merge or unload adapters first.
     """
+    check_shareable(model)
     config = model.config
-    if config.retrofitted_from is None:
-        raise ValueError("This model was not made by retrofit, so there is no other class to give back.")
+    if not hasattr(transformers, str(config.retrofitted_from)):
+        raise ValueError(
+            "This model was not made by retrofit of a class of transformers, so there is no other class to give back."
+        )
     backbone = copy.deepcopy(config.backbone_config)
     for name in ("vocab_size", *KEPT):
         setattr(backbone, name, getattr(config, name))
     with torch.device("meta"):
-        original = getattr(transformers, config.retrofitted_from)(backbone)
+        original = getattr(transformers, str(config.retrofitted_from))(backbone)
+    if not isinstance(model, head_of(original)):
+        raise ValueError(
+            f"This {type(model).__name__} was made of a {config.retrofitted_from}, which has another head: load it as "
+            f"a {head_of(original).__name__} to give that back."
+        )
     feedback: Any = model if isinstance(model, FeedbackModel) else model.model
     family, known = BACKBONES[backbone.model_type], {id(config.backbone_config): backbone}
     parts = {
@@ -110,6 +129,7 @@ def unretrofit(model: FeedbackPreTrainedModel) -> PreTrainedModel:
         give_classifier(model, original)
     materialise(original, model)
     keep_quantized(original, model)
+    keep_checkpointing(original, model)
     if original.can_generate():
         original.generation_config = copy.deepcopy(model.generation_config)
     return original.train(model.training)
@@ -119,8 +139,24 @@ def load(name: str | Path) -> PreTrainedModel:
     """The model `name`, as the class that its config names."""
     config = AutoConfig.from_pretrained(name)
     check_family(config)
-    [architecture] = config.architectures or ["AutoModelForCausalLM"]
-    return getattr(transformers, architecture).from_pretrained(name)
+    default = "AutoModel" if config.model_type in BIDIRECTIONAL_TYPES else "AutoModelForCausalLM"
+    names = config.architectures or [default]
+    if len(names) > 1 or not hasattr(transformers, names[0]):
+        raise ValueError(
+            f"The config names {', '.join(names)}, which is not one class of transformers: load the model yourself, "
+            "and give it to retrofit."
+        )
+    return getattr(transformers, names[0]).from_pretrained(name)
+
+
+def check_shareable(model: Any) -> None:
+    if not isinstance(model, PreTrainedModel) or any(hasattr(part, "base_layer") for part in model.modules()):
+        raise ValueError(
+            f"Give a model of transformers without adapters, not this {type(model).__name__}: merge or unload them "
+            "first."
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("Weights of this model are offloaded, so that no other can share them: load it whole.")
 
 
 def check_family(config: PreTrainedConfig) -> None:
@@ -129,12 +165,17 @@ def check_family(config: PreTrainedConfig) -> None:
             f"A {config.model_type} model can't be retrofitted; these can: {', '.join(RETROFIT_TYPES)} "
             "(BERT and RoBERTa as encoders)."
         )
+    both_sides = getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True)
+    if both_sides and config.model_type not in BIDIRECTIONAL_TYPES:
+        raise ValueError(
+            f"This {config.model_type} reads both sides, as its family does not: it can't be retrofitted."
+        )
 
 
 def head_of(original: PreTrainedModel) -> type[FeedbackPreTrainedModel]:
-    name = type(original).__name__
+    name, is_base = type(original).__name__, original.base_model is original
     for ending, head in HEADS.items():
-        if name.endswith(ending):
+        if name.endswith(ending) and (head is FeedbackModel) == is_base:
             return head
     raise ValueError(f"A {name} can't be retrofitted; classes that end with {', '.join(HEADS)} can.")
 
@@ -151,21 +192,23 @@ def feedback_config(
             f"{given.num_hidden_layers} for the loop: leave at least 1."
         )
     passes = {"solver": "jacobi", "solver_steps": steps} if axis == "time" else {"num_feedback_steps": steps}
-    config = FeedbackConfig(
-        **{
-            **{name: getattr(given, name) for name in KEPT if getattr(given, name, None) is not None},
-            "backbone_config": given,
-            "retrofitted_from": type(original).__name__,
-            "vocab_size": given.vocab_size,
-            "is_causal": given.model_type not in BIDIRECTIONAL_TYPES,
-            "num_encoder_layers": encoder_layers,
-            "num_feedback_layers": between,
-            "num_decoder_layers": decoder_layers,
-            "feedback_axis": axis,
-            **passes,
-            **fields,
-        }
-    )
+    kept = {name: getattr(given, name) for name in KEPT if getattr(given, name, None) is not None}
+    own = {
+        "backbone_config": given,
+        "retrofitted_from": type(original).__name__,
+        "vocab_size": given.vocab_size,
+        "is_causal": given.model_type not in BIDIRECTIONAL_TYPES,
+        "num_encoder_layers": encoder_layers,
+        "num_feedback_layers": between,
+        "num_decoder_layers": decoder_layers,
+        "feedback_axis": axis,
+    }
+    taken = [name for name in fields if name in (*own, *SHARED_WITH_BACKBONE, "tie_word_embeddings")]
+    if taken:
+        raise ValueError(
+            f"Leave out {', '.join(taken)}: retrofit takes that from the model, or from its other arguments."
+        )
+    config = FeedbackConfig(**{**kept, **own, **passes, **fields})
     config._attn_implementation = given._attn_implementation
     config.name_or_path = given.name_or_path
     config.backbone_config.__dict__.pop("quantization_config", None)  # keep_quantized writes it anew
@@ -199,6 +242,12 @@ def share(module: Any, known: dict[int, Any] | None = None) -> Any:
     """A copy of the module with the same parameters and buffers; `known`: id of a part -> what takes its place."""
     kept = [*module.parameters(), *module.buffers(), *beside_weights(module)]
     return copy.deepcopy(module, {**{id(each): each for each in kept}, **(known or {})})
+
+
+def keep_checkpointing(made: PreTrainedModel, like: PreTrainedModel) -> None:
+    """Checkpoints what `like` does, but in the way of `made`: whole passes of a loop, not its layers."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in like.modules()):
+        made.activation_checkpointing_enable()
 
 
 def materialise(made: PreTrainedModel, like: PreTrainedModel) -> None:

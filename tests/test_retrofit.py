@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GPT2DoubleHeadsModel,
     OPTConfig,
     OPTForCausalLM,
 )
@@ -254,6 +255,48 @@ def test_resized_and_checkpointed(family, axis):
         assert_close(again, plain, 1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_saves_and_loads_resized_embeddings(family, tmp_path):
+    model = opened(retrofit(original(family), 1, 2, 3))
+    model.resize_token_embeddings(60)
+    expected = answer(model, tokens(2, 19))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(AutoModelForCausalLM.from_pretrained(tmp_path), tokens(2, 19)), expected)
+
+
+@pytest.mark.parametrize("fields", [{"halting": "act"}, {"axis": "time", "solver": "sequential"}])
+def test_of_a_checkpointed_model(fields):
+    """Whose layers, within the loop, would lose what the loop keeps for them."""
+    plain, checkpointed = original("llama"), original("llama")
+    checkpointed.activation_checkpointing_enable()
+    models = [opened(retrofit(before, 1, 2, 3, **fields)).train() for before in (plain, checkpointed)]
+    assert models[1].model.loop.gradient_checkpointing
+    assert unretrofit(models[1]).model.gradient_checkpointing
+    models[1].load_state_dict(models[0].state_dict())
+    batch = tokens(2, 9)
+    if "halting" in fields:
+        with pytest.raises(ValueError, match="can't be trained with gradient checkpointing"):
+            models[1](batch)
+        models[1].activation_checkpointing_disable()
+    losses = [model(batch, labels=batch).loss for model in models]
+    assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        assert_close(other.grad, one.grad)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "bert"])
+def test_drops_out_as_before(family):
+    rates = dict.fromkeys(("embd_pdrop", "hidden_dropout", "hidden_dropout_prob"), 0.5)
+    before, batch = original(family, **rates).train(), tokens(2, 9)
+    model, answers = retrofit(before, 1, 2, 1), []
+    for each in (before, model):
+        torch.manual_seed(0)
+        answers.append(answer(each, batch))
+    assert_close(*answers)
+
+
 def test_shared_step_cache():
     """Later tokens read the last pass: the cache is that of one pass, and closed it is exact."""
     before, batch = original("llama"), tokens(2, 9)
@@ -292,6 +335,21 @@ def test_stops_when_converged(shared):
     assert torch.equal(made, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "roberta"])
+def test_positions_that_are_given(family):
+    before, batch = original(family), tokens(2, 19)
+    positions = torch.arange(19)[None] + 5
+    assert_close(
+        answer(retrofit(before, 1, 2, 3), batch, position_ids=positions), answer(before, batch, position_ids=positions)
+    )
+
+
+def test_lora_on_positions():
+    model, batch = retrofit(original("roberta"), 1, 2, 3), tokens(2, 19)
+    expected = answer(model, batch)
+    assert_close(answer(get_peft_model(model, LoraConfig(r=2, target_modules=["positions"])), batch), expected)
+
+
 def test_from_a_folder(tmp_path):
     before = original("qwen3")
     before.save_pretrained(tmp_path)
@@ -314,5 +372,48 @@ def test_refuses_what_it_cannot_do():
         retrofit(BertForMaskedLM(config_of("bert")), 1)
     with pytest.raises(ValueError, match="was not made by retrofit"):
         unretrofit(FeedbackForCausalLM(FeedbackConfig(**SIZES)))
+    for auto, other in ((AutoModelForCausalLM, FeedbackModel), (AutoModel, FeedbackForCausalLM)):
+        config = retrofit(original("llama", auto), 1).config
+        with pytest.raises(ValueError, match="which has another head: load it as a Feedback"):
+            unretrofit(other(config))
     with pytest.raises(ValueError, match="are not the 5"):
         FeedbackConfig(**{**retrofit(original("llama"), 1).config.to_dict(), "num_encoder_layers": 2})
+    for fields in ({"vocab_size": 60}, {"hidden_size": 64}, {"num_encoder_layers": 2}, {"retrofitted_from": None}):
+        with pytest.raises(ValueError, match=f"Leave out {next(iter(fields))}: retrofit takes that from the model"):
+            retrofit(original("llama"), 1, **fields)
+    for fields in ({"use_bidirectional_attention": True}, {"is_causal": False}):
+        with pytest.raises(ValueError, match="This gemma3_text reads both sides"):
+            retrofit(original("gemma3_text", AutoModel, **fields), 1)
+    with pytest.raises(ValueError, match="GPT2DoubleHeadsModel can't be retrofitted"):
+        retrofit(GPT2DoubleHeadsModel(config_of("gpt2", num_labels=1)), 1)
+
+
+def test_refuses_adapters_and_offloaded_weights():
+    """Adapters would be saved under names that a load does not know."""
+    adapted = original("llama")
+    adapted.add_adapter(LoraConfig(r=2))
+    for model in (adapted, get_peft_model(original("llama"), LoraConfig(r=2))):
+        with pytest.raises(ValueError, match="without adapters, not this (Llama|PeftModel).*merge or unload them"):
+            retrofit(model, 1)
+    with pytest.raises(ValueError, match="without adapters, not this PeftModel"):
+        unretrofit(get_peft_model(retrofit(original("llama"), 1), LoraConfig(r=2)))
+    with torch.device("meta"):
+        offloaded = AutoModelForCausalLM.from_config(config_of("llama"))
+    with pytest.raises(ValueError, match="Weights of this model are offloaded"):
+        retrofit(offloaded, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "architectures", "made"),
+    [("llama", None, "FeedbackForCausalLM"), ("bert", None, "FeedbackModel"), ("llama", ["LlamaModel"] * 2, None)],
+)
+def test_from_a_folder_of_another_class(family, architectures, made, tmp_path):
+    before = original(family)
+    before.save_pretrained(tmp_path)
+    before.config.architectures = architectures
+    before.config.save_pretrained(tmp_path)
+    if made is None:
+        with pytest.raises(ValueError, match="LlamaModel, LlamaModel, which is not one class"):
+            retrofit(tmp_path, 1)
+    else:
+        assert type(retrofit(tmp_path, 1)).__name__ == made

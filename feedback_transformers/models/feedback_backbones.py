@@ -21,12 +21,22 @@ class Family(NamedTuple):
     positions: str | None = None  # learned ones
     token_types: str | None = None
     embedding_norm: str | None = None
+    dropout: str | None = None  # of the embeddings
     pooler: str | None = None
     cache: str = "past_key_values"  # the argument of a layer
 
 
-GPT2 = Family("GPT2", layer="Block", tokens="wte", layers="h", norm="ln_f", rotary=None, positions="wpe")
-GPT_NEOX = Family("GPTNeoX", layer="Layer", tokens="embed_in", norm="final_layer_norm", cache="layer_past")
+GPT2 = Family(
+    "GPT2", layer="Block", tokens="wte", layers="h", norm="ln_f", rotary=None, positions="wpe", dropout="drop"
+)
+GPT_NEOX = Family(
+    "GPTNeoX",
+    layer="Layer",
+    tokens="embed_in",
+    norm="final_layer_norm",
+    dropout="emb_dropout",
+    cache="layer_past",
+)
 BERT = Family(
     "Bert",
     layer="Layer",
@@ -37,6 +47,7 @@ BERT = Family(
     positions="embeddings.position_embeddings",
     token_types="embeddings.token_type_embeddings",
     embedding_norm="embeddings.LayerNorm",
+    dropout="embeddings.dropout",
     pooler="pooler",
 )
 BACKBONES: dict[str, Family] = {

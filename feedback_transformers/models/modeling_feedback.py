@@ -116,10 +116,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self.embeddings = EMBEDDINGS[config.embedding_type](config)
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
         self.positions: nn.Module | None = None
+        self.first_position = 0  # the row there of a text's first position; RoBERTa's come after that of padding
         if not rotary:
             self.positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_types: nn.Module | None = None
         self.embedding_norm: nn.Module = nn.Identity()
+        self.embedding_dropout: nn.Module = nn.Identity()
         encoder_causal = config.is_causal and not config.is_encoder_decoder
         self.encoder = ENCODERS[config.encoder_type](config, config.num_encoder_layers, encoder_causal)
         self.loop = FeedbackLoop(config)
@@ -129,6 +131,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self.norm: nn.Module = nn.RMSNorm(config.hidden_size, eps=1e-6)
         self.pooler: nn.Module | None = None
         if retrofitted:
+            config.backbone_config.vocab_size = config.vocab_size  # the embeddings may have been resized
             self.adopt(base_class(config.backbone_config)(config.backbone_config))
         self.post_init()
 
@@ -141,8 +144,11 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
         self.embeddings.tokens = part(family.tokens)
         self.positions = part(family.positions)
+        padding = getattr(self.positions, "padding_idx", None)
+        self.first_position = 0 if padding is None else padding + 1
         self.token_types = part(family.token_types)
         self.embedding_norm = part(family.embedding_norm) or nn.Identity()
+        self.embedding_dropout = part(family.dropout) or nn.Identity()
         self.norm = part(family.norm) or nn.Identity()
         self.pooler = part(family.pooler) or self.pooler  # which some bases leave out
         first, layers = 0, part(family.layers)
@@ -151,12 +157,6 @@ class FeedbackModel(FeedbackPreTrainedModel):
         for stack, size in zip(stacks, sizes, strict=True):
             cast(Any, stack).adopt(layers[first : first + size], part(family.rotary), first)
             first += size
-
-    @property
-    def first_position(self) -> int:
-        """The row of a text's first position in `positions`; RoBERTa's come after that of padding."""
-        padding = getattr(self.positions, "padding_idx", None)
-        return 0 if padding is None else padding + 1
 
     def get_input_embeddings(self) -> nn.Module:
         if self.config.embedding_type != "tokens":
@@ -173,7 +173,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if self.token_types is not None:
             types = torch.zeros_like(context.position_ids) if token_type_ids is None else token_type_ids
             embedded = embedded + self.token_types(types)
-        return self.embedding_norm(embedded)
+        return self.embedding_dropout(self.embedding_norm(embedded))
 
     def encode(self, embedded: Tensor, context: Context) -> Tensor:
         """e [B, T, D]"""
@@ -321,7 +321,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if position_ids is None:
             position_ids = count[:, None] + columns
         else:
-            position_ids = position_ids.expand(batch, length)
+            position_ids = position_ids.expand(batch, length) - self.first_position
             position_ids = position_ids if order is None else position_ids.gather(1, order)
         key_mask = None
         if not self.config.is_causal:
