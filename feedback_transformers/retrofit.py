@@ -49,8 +49,8 @@ def retrofit(
 ) -> FeedbackPreTrainedModel:
     """A feedback model out of `model`, whose weights the two share.
 
-    They are the same tensors: what changes or freezes those of one, does so in the other. Adapters leave them alone; to
-    train all of the weights, or to resize the embeddings, give a copy.
+    They are the same tensors: what changes or freezes those of one does so in the other. Adapters leave them alone;
+    to train all of the weights, or to resize the embeddings, give a copy.
 
     Args:
         model: a name on the Hub, a folder, or a model in memory: of a language model, a sequence classifier, or a

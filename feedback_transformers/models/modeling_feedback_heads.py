@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
+from .feedback_layers import dropout
 from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
 
 
@@ -221,12 +222,17 @@ class FeedbackClassifier(FeedbackHead):
             return y[torch.arange(len(y), device=y.device), last]
         return (y * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
+    def first(self, y: Tensor) -> Tensor:
+        """[B, T, D] -> [B, D]: the first position, as a retrofitted BERT or RoBERTa reads it."""
+        backbone, pooler = self.config.backbone_config, cast(nn.Module, self.model.pooler)
+        p = backbone.hidden_dropout_prob if backbone.classifier_dropout is None else backbone.classifier_dropout
+        return dropout(pooler(y), p, self.training)
+
     def classify(self, outputs: FeedbackModelOutput, labels: Tensor | None, mask: Tensor | None) -> FeedbackOutput:
         """One prediction for each row: logits [B, L] and the loss of `config.problem_type`."""
 
         def pooled_logits(y: Tensor) -> Tensor:
-            pooler = self.model.pooler  # of a retrofitted BERT
-            return self.classifier(self.pool(y, mask) if pooler is None else pooler(y))
+            return self.classifier(self.pool(y, mask) if self.model.pooler is None else self.first(y))
 
         loss = None
         if labels is not None:
