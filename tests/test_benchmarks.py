@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import exactness, growth, halting, timing, training
+from benchmarks import claims, exactness, growth, halting, timing, training
+from benchmarks.retrofit import __main__ as retrofit
 
 
 def test_train_and_evaluate():
@@ -28,12 +29,33 @@ def test_ratio_is_theirs_over_ours():
     assert len(measured[1]["ours"]) == 5
 
 
-@pytest.mark.parametrize("module", [exactness, halting])
+@pytest.mark.parametrize("module", [claims, exactness, halting])
 def test_reports(module, monkeypatch, capsys):
     monkeypatch.setattr(module, "plot", lambda line: None)
     module.report()
     printed = capsys.readouterr().out
     assert printed.count("|") > 20
+
+
+def test_report_of_retrofits(capsys):
+    reached = retrofit.report()
+    printed = capsys.readouterr().out
+    assert printed.count("|") > 20
+    assert reached == ("FAIL  " not in printed) and "pass  " in printed
+
+
+def test_noise_hides_what_a_model_knows():
+    model, rows = training.build(), training.held_out(16, 64)
+    training.train(model, 40, 16, sampled=(1, 3))
+    clean = (model(rows[:, :-1]).logits.argmax(-1) == rows[:, 1:]).float().mean().item()
+    assert claims.noisy_accuracy(model, rows, 0.0) == pytest.approx(clean)
+    assert claims.noisy_accuracy(model, rows, 1.0) < clean - 0.02
+
+
+def test_equal_compute():
+    """One encoder layer and 4 passes of 3, with 3 passes back at twice the cost, against 4 layers."""
+    assert claims.layer_calls(4) == 1 + 4 * 3 + 2 * (1 + 3 * 3)
+    assert claims.layer_calls(4) / (4 + 2 * 4) == claims.EQUAL_COMPUTE
 
 
 def test_growth_measures():
