@@ -35,6 +35,7 @@ WIDTHS = (32, 64, 96, 128)
 PASSES = (SAMPLED[0] + SAMPLED[1]) // 2
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 EXAMPLES = (100, 300, 1000, 3000, 8000)
+STEPS_OF_A_CURVE = 200  # at least; or three rounds of the examples, 32 a step
 CLASSIFIER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -77,12 +78,11 @@ def language(name: str, width: int, seed: int) -> dict[str, Any]:
     fields = {"hidden_size": width, "intermediate_size": 8 * width // 3 // 4 * 4, "max_position_embeddings": LENGTH}
     model = build(seed, **FEEDBACK, **fields, feedback_signal="state" if name == "feedback" else "none")
     steps = round(STEPS * EQUAL_COMPUTE) if name == "equal compute" else STEPS
-    seconds = train(model, steps, LENGTH, sampled=SAMPLED if name == "feedback" else None, seed=seed)
+    train(model, steps, LENGTH, sampled=SAMPLED if name == "feedback" else None, seed=seed)
     arguments = {"num_feedback_steps": PASSES} if name == "feedback" else {}
     rows = held_out(LENGTH, 512)
     return {
         "parameters": model.num_parameters(),
-        "seconds": round(seconds),
         "loss": evaluate(model, rows, **arguments)[0],
         "accuracy by noise": [noisy_accuracy(model, rows, share, **arguments) for share in NOISE],
     }
@@ -92,7 +92,7 @@ def language(name: str, width: int, seed: int) -> dict[str, Any]:
 def sentiment() -> tuple[PreTrainedTokenizerBase, dict[str, BatchEncoding], dict[str, Tensor]]:
     splits = data.load("movie-sentiment")
     tokenizer = data.subwords(splits["train"]["text"], 4096)
-    texts = {name: tokenizer(part["text"], truncation=True, max_length=128) for name, part in splits.items()}
+    texts = {name: tokenizer(list(part["text"]), truncation=True, max_length=128) for name, part in splits.items()}
     return tokenizer, texts, {name: torch.tensor(part["label"]) for name, part in splits.items()}
 
 
@@ -125,7 +125,7 @@ def classification(name: str, examples: int, seed: int) -> dict[str, Any]:
     )
     model = FeedbackForSequenceClassification(config)
     chosen = torch.randperm(len(sentiment()[2]["train"]), generator=torch.Generator().manual_seed(seed))[:examples]
-    steps = max(200, 3 * examples // 32)
+    steps = max(STEPS_OF_A_CURVE, 3 * examples // 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
     scheduler = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
     best, test = 0.0, 0.0

@@ -52,6 +52,13 @@ def test_noise_hides_what_a_model_knows():
     assert claims.noisy_accuracy(model, rows, 1.0) < clean - 0.02
 
 
+def test_learning_curve(monkeypatch):
+    monkeypatch.setitem(claims.CLASSIFIER, "hidden_size", 16)
+    monkeypatch.setattr(claims, "STEPS_OF_A_CURVE", 10)
+    line = claims.classification("feedback", 64, 0)
+    assert 0.3 < line["validation accuracy"] <= 1 and 0.3 < line["test accuracy"] <= 1
+
+
 def test_equal_compute():
     """One encoder layer and 4 passes of 3, with 3 passes back at twice the cost, against 4 layers."""
     assert claims.layer_calls(4) == 1 + 4 * 3 + 2 * (1 + 3 * 3)

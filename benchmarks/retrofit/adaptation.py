@@ -16,8 +16,8 @@ from .pretrained import minilm_classifier, smollm2
 from .reasoning import DRAWN, LENGTH, MODELS, modes, passes, perplexity, tokens
 from .training import adapted, draws, to_bfloat16, train, trained_parameters
 
-LAYERS = {"encoder_layers": 2, "decoder_layers": 1, "num_feedback_steps": 4, "is_causal": False}
-CLASSIFIERS: dict[str, tuple[int, dict[str, Any] | None]] = {"plain": (16, None), "depth": (12, LAYERS)}
+LAYERS = {"encoder_layers": 2, "decoder_layers": 1, "num_feedback_steps": 4}
+CLASSIFIERS: dict[str, tuple[int, dict[str, Any] | None]] = {"plain": (16, None), "depth": (7, LAYERS)}
 PROBE = 0.798  # of logistic regression on the frozen model's mean states
 
 
