@@ -14,7 +14,7 @@ from feedback_transformers import data
 
 from .pretrained import minilm_classifier, smollm2
 from .reasoning import DRAWN, LENGTH, MODELS, modes, passes, perplexity, tokens
-from .training import adapted, draws, to_bfloat16, train, trained_parameters
+from .training import adapted, draws, train, trained_parameters
 
 LAYERS = {"encoder_layers": 2, "decoder_layers": 1, "num_feedback_steps": 4}
 CLASSIFIERS: dict[str, tuple[int, dict[str, Any] | None]] = {"plain": (16, None), "depth": (7, LAYERS)}
@@ -32,7 +32,8 @@ def domain(name: str, seed: int, seconds: float = 300.0) -> dict[str, Any]:
     model.eval()
     with torch.autocast("cpu", torch.bfloat16):
         after = {mode: texts(model, tokenizer, **passes(model, mode)) for mode in modes(name) if mode != "8"}
-        before = texts(to_bfloat16(original).eval(), tokenizer) if name == "plain" else None
+        with model.disable_adapter():
+            before = texts(model, tokenizer) if name == "plain" else None
     return {
         "parameters": trained_parameters(model),
         "steps": steps,
