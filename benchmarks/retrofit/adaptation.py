@@ -45,13 +45,13 @@ def domain(name: str, seed: int, seconds: float = 300.0) -> dict[str, Any]:
 
 def texts(model: Any, tokenizer: PreTrainedTokenizerBase, **arguments: Any) -> dict[str, float]:
     return {
-        text: perplexity(model, tokens(text, "test", tokenizer, 50_000), **arguments)
+        text: perplexity(model, tokens(text, "test", tokenizer), **arguments)
         for text in ("python-docs", "shakespeare")
     }
 
 
 def pages(name: str, seed: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Any]]:
-    text = tokens("python-docs", "train", tokenizer, None)
+    text = tokens("python-docs", "train", tokenizer, slice(None))
     for drawn in draws(seed):
         starts = [drawn.randrange(len(text) - LENGTH) for _ in range(4)]
         batch: dict[str, Any] = {"input_ids": torch.stack([text[start : start + LENGTH] for start in starts])}

@@ -16,7 +16,7 @@ from feedback_transformers import retrofit
 
 PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|query|key|value|dense"
 RATE, WARMUP, DECAY = 1e-3, 20, 0.3  # peak learning rate, steps up to it, share of the time down to a tenth
-FASTER = 4  # the rate of a connection, which begins at zero and is not of low rank, by that of the adapters
+FASTER = 4.0  # the rate of a connection, which begins at zero and is not of low rank, by that of the adapters
 
 
 def adapted(model: PreTrainedModel, rank: int, feedback: dict[str, Any] | None, task: str = "CAUSAL_LM") -> PeftModel:
@@ -38,7 +38,7 @@ def trained_parameters(model: nn.Module) -> int:
 
 
 def train(
-    model: nn.Module, batches: Iterator[Any], loss: Callable[[Any], Tensor], seconds: float
+    model: nn.Module, batches: Iterator[Any], loss: Callable[[Any], Tensor], seconds: float, faster: float = FASTER
 ) -> tuple[int, list[float]]:
     """Steps of AdamW until one thread has computed for so long; how many there were, and their losses.
 
@@ -47,7 +47,7 @@ def train(
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     connection = [parameter for name, parameter in trained if "connection" in name]
     rest = [parameter for name, parameter in trained if "connection" not in name]
-    groups = [{"params": rest, "rate": RATE}, {"params": connection, "rate": FASTER * RATE}]
+    groups = [{"params": rest, "rate": RATE}, {"params": connection, "rate": faster * RATE}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
     losses: list[float] = []
     start, said = time.process_time(), time.time()
