@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test test-slow lint format bench clean
 
 setup: $(READY)
 
@@ -21,7 +21,10 @@ demo: $(READY)
 	$(PYTHON) examples/demo.py --output_dir runs/demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -q --durations=10
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -q --durations=10 -m "not slow"
+
+test-slow: $(READY)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -q --durations=10 -m slow
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
