@@ -97,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     def perplexity(dataset: Dataset) -> float:
         return math.exp(trainer.evaluate(dataset)["eval_loss"])
 
-    result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
-    scripts.record(trainer, "train", result.metrics)
+    scripts.record(trainer, "train", scripts.train(trainer))
     with model.disable_adapter():  # not before training: a model evaluated first is not trained in parallel
         before = {name: perplexity(dataset) for name, dataset in validation.items()}
     after = {name: perplexity(dataset) for name, dataset in validation.items()}

@@ -161,8 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         set_steps(trainer.model, None)
         return found
 
-    result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
-    scripts.record(trainer, "train", result.metrics)
+    scripts.record(trainer, "train", scripts.train(trainer))
     counts = sorted({1, retrofit_args.num_feedback_steps})
     untouched = Trainer(original, training_args, data_collator=default_data_collator)
     untouched.model_accepts_loss_kwargs = False  # of GPT-2 it would count a token too many in each row

@@ -142,8 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
 
     metrics = {}
     if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=scripts.resume(training_args))
-        scripts.record(trainer, "train", result.metrics)
+        scripts.record(trainer, "train", scripts.train(trainer))
     if training_args.do_eval:
         metrics = trainer.evaluate()
         metrics["perplexity"] = math.exp(metrics["eval_loss"])

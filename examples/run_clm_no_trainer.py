@@ -21,7 +21,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
 
-from feedback_transformers.training import draw_steps, scripts
+from feedback_transformers.training import (
+    Sigterm,
+    draw_steps,
+    first_non_finite,
+    last_complete_checkpoint,
+    saving,
+    scripts,
+)
 
 
 @dataclass
@@ -38,7 +45,7 @@ class LoopArguments:
     max_grad_norm: float = field(default=1.0, metadata={"help": "Longer gradients are shortened."})
     checkpointing_steps: int = field(default=500, metadata={"help": "Updates between checkpoints."})
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "The folder of a checkpoint, or true for the last one of output_dir."}
+        default=None, metadata={"help": "The folder of a checkpoint, or true for the last complete one of output_dir."}
     )
     report_to: str = field(default="none", metadata={"help": "tensorboard, trackio, wandb, ... or none."})
     seed: int = field(default=42, metadata={"help": "Of everything random."})
@@ -109,20 +116,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if accelerator.log_with:
         accelerator.init_trackers("clm", {name: value for name, value in vars(args).items() if name != "hub_token"})
 
-    step = 0
-    if args.resume_from_checkpoint:
-        checkpoint = args.resume_from_checkpoint
-        if checkpoint.lower() == "true":
-            saved = sorted(output.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
-            if not saved:
-                raise FileNotFoundError(f"{output} holds no checkpoint step_*: leave --resume_from_checkpoint out.")
-            checkpoint = str(saved[-1])
+    step, checkpoint = 0, args.resume_from_checkpoint
+    if checkpoint and checkpoint.lower() == "true":
+        checkpoint = last_complete_checkpoint(output, "step_")
+    if checkpoint:
         accelerator.load_state(checkpoint)
         step = int(Path(checkpoint).name.removeprefix("step_"))
         accelerator.print(f"Going on from step {step}")
 
     sampled = model_args.min_feedback_steps and model_args.max_feedback_steps
     bar = tqdm(initial=step, total=args.max_train_steps, disable=not accelerator.is_main_process)
+    sigterm = Sigterm()
     model.train()
     for batch in endless(train, accelerator, step * args.gradient_accumulation_steps):
         if step >= args.max_train_steps:
@@ -133,7 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         with accelerator.accumulate(model):
             loss = model(**batch, num_feedback_steps=drawn).loss
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"The loss is {loss.item()} at step {step}: lower the learning rate.")
+                where = first_non_finite(accelerator.unwrap_model(model), {**batch, "num_feedback_steps": drawn})
+                raise FloatingPointError(f"The loss is {loss.item()} at step {step}; it began in {where}.")
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -146,8 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         bar.update()
         bar.set_postfix(loss=f"{loss.item():.3f}")
         accelerator.log({"train_loss": loss.item()}, step=step)
-        if step % args.checkpointing_steps == 0:
-            accelerator.save_state(str(output / f"step_{step}"))
+        stopped = sigterm.received()
+        if step % args.checkpointing_steps == 0 or stopped:
+            with saving(output / f"step_{step}"):
+                accelerator.save_state(str(output / f"step_{step}"))
+        if stopped:
+            raise SystemExit(0)
+    sigterm.close()
     bar.close()
 
     loss = evaluate(model, validation, accelerator)

@@ -1,15 +1,22 @@
-"""What the stock Trainer lacks for feedback networks: drawn step counts, distillation, a stop on NaN, and Muon."""
+"""What the stock Trainer lacks: drawn step counts, distillation, Muon, a stop on NaN, and surviving a crash."""
 
-from .callbacks import SampleFeedbackSteps, StopOnNonFinite, draw_steps, set_steps
+from .callbacks import SampleFeedbackSteps, draw_steps, set_steps
+from .checkpoints import Sigterm, last_complete_checkpoint, saving, train_safely
 from .distillation import Distill, divergence
+from .non_finite import StopOnNonFinite, first_non_finite
 from .optimizers import MuonAdamW
 
 __all__ = [
     "Distill",
     "MuonAdamW",
     "SampleFeedbackSteps",
+    "Sigterm",
     "StopOnNonFinite",
     "divergence",
     "draw_steps",
+    "first_non_finite",
+    "last_complete_checkpoint",
+    "saving",
     "set_steps",
+    "train_safely",
 ]

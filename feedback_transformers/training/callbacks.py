@@ -5,10 +5,8 @@ from __future__ import annotations
 import random
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..models.feedback_loop import FeedbackLoop
 
@@ -62,47 +60,3 @@ def set_steps(model: nn.Module, num_steps: int | None) -> None:
     for module in model.modules():
         if isinstance(module, FeedbackLoop):
             module.num_steps = num_steps
-
-
-class StopOnNonFinite(TrainerCallback):
-    """Raises, before the weights change, when the loss or a gradient is NaN or infinite, and names the step."""
-
-    def __init__(self) -> None:
-        self.loss: torch.Tensor | None = None
-        self.hook: Any = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.hook = model.register_forward_hook(self.remember)
-
-    def remember(self, model: nn.Module, args: Any, output: Any) -> None:
-        loss = output.get("loss") if hasattr(output, "get") else None
-        if model.training and loss is not None:
-            loss = loss.detach()
-            self.loss = loss if self.loss is None else self.loss + loss  # of the micro-batches of a step
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
-    ) -> None:
-        loss, self.loss = self.loss, None
-        if loss is not None and not torch.isfinite(loss).all():
-            self.stop(args, state, f"The loss is {loss.mean().item()}")
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        if args.fp16 or torch.isfinite(nn.utils.get_total_norm(gradients.values())):
-            return  # the scaler of fp16 meets infinite gradients by design, and skips such steps itself
-        name = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "the model")
-        self.stop(args, state, f"The gradient of {name} is not finite")
-
-    def stop(self, args: TrainingArguments, state: TrainerState, what: str) -> None:
-        self.hook.remove()
-        checkpoint = get_last_checkpoint(args.output_dir) if args.output_dir else None
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been saved"
-        raise FloatingPointError(
-            f"{what} at step {state.global_step}; {kept}. Lower the learning rate, or look at the batch of that step."
-        )
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.hook.remove()

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from .. import data, hub
 from ..models.configuration_feedback import PRESETS, FeedbackConfig
+from .checkpoints import train_safely
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -210,10 +211,11 @@ def command(script: str, arguments: Sequence[str] | None = None) -> str:
     return shlex.join(["python", f"examples/{Path(script).name}", *shown])
 
 
-def resume(args: TrainingArguments) -> str | bool | None:
-    """What Trainer.train wants: a checkpoint, or True for the last one of output_dir."""
-    given = args.resume_from_checkpoint
-    return given.lower() == "true" if given and given.lower() in ("true", "false") else given
+def train(trainer: Trainer) -> dict[str, float]:
+    """Trains, from the checkpoint that --resume_from_checkpoint says; true is the last complete one of output_dir."""
+    given = trainer.args.resume_from_checkpoint
+    known = {"true": True, "false": None}
+    return train_safely(trainer, known.get(given.lower(), given) if given else None).metrics
 
 
 def fit(
@@ -225,7 +227,7 @@ def fit(
     """
     args, metrics = trainer.args, dict[str, float]()
     if args.do_train:
-        record(trainer, "train", trainer.train(resume_from_checkpoint=resume(args)).metrics)
+        record(trainer, "train", train(trainer))
     if args.do_eval:
         metrics = trainer.evaluate()
         record(trainer, "eval", metrics)
@@ -276,5 +278,5 @@ def publish_model(
             repo_id=repository,
             folder_path=folder,
             commit_message="End of training",
-            ignore_patterns=["checkpoint-*", "step_*", "runs/*", "logs/*"],
+            ignore_patterns=["checkpoint-*", "step_*", "non_finite_batch_*", "runs/*", "logs/*"],
         )

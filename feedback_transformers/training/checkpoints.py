@@ -1,0 +1,224 @@
+"""Training that can be killed at any moment: checkpoints that are known to be complete, SIGTERM, a full disk.
+
+Trainer and Accelerate write a checkpoint file by file, so that whatever ends the process in between leaves a folder
+that looks like a checkpoint. Here one counts only with a manifest of its files, which is written last.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+MANIFEST = "complete.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on the size of a file
+FULL_MESSAGES = (
+    "PytorchStreamWriter failed writing",
+    *(f"os error {number}" for number in FULL),
+)  # torch, safetensors
+
+
+def last_complete_checkpoint(folder: str | Path, prefix: str = "checkpoint-") -> str | None:
+    """The folder of the latest step that is complete: all files of its manifest are there, and what they were.
+
+    Checkpoints without a manifest, which neither `train_safely` nor `saving` wrote, don't count: name those yourself.
+    """
+    by_step = reversed(_checkpoints(folder, prefix))
+    return next((str(checkpoint) for checkpoint in by_step if _is_complete(checkpoint)), None)
+
+
+def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOutput:
+    """`trainer.train()` that can be killed at any moment and resumed with the same final weights.
+
+    Every checkpoint gets a manifest when it is complete, and only then are older ones removed (`save_total_limit`).
+    On SIGTERM the step is finished and saved, and the process exits with 0. When a checkpoint can't be written because
+    the disk is full, its folder is removed and OSError says what to do.
+
+    Args:
+        resume: the folder of a checkpoint; or True for the last complete one, if there is one.
+    """
+    args = trainer.args
+    folder = str(args.output_dir)
+    checkpoint = last_complete_checkpoint(folder) if resume is True else resume or None
+    if resume is True:
+        print(f"Going on from {checkpoint}" if checkpoint else f"{folder} holds no complete checkpoint: starting anew")
+    limit, args.save_total_limit = args.save_total_limit, None  # Trainer would remove them before the new one counts
+    with closing(Sigterm()) as sigterm:
+        callback = _CompleteCheckpoints(limit, sigterm)
+        trainer.add_callback(callback)
+        try:
+            return trainer.train(resume_from_checkpoint=checkpoint)
+        except Exception as error:
+            if not _is_full(error):
+                raise
+            unfinished = Path(folder, f"checkpoint-{trainer.state.global_step}")
+            raise _full(unfinished, trainer.is_world_process_zero()) from error
+        finally:
+            trainer.remove_callback(callback)
+            args.save_total_limit = limit
+
+
+@contextmanager
+def saving(checkpoint: str | Path) -> Iterator[None]:
+    """Around what writes the folder `checkpoint` in a loop of one's own, on every process: its manifest, at the end.
+
+    `with saving(folder): accelerator.save_state(folder)`. On a full disk the folder is removed, and OSError says so.
+    """
+    processes = PartialState()
+    try:
+        yield
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            _write_manifest(Path(checkpoint))
+    except Exception as error:
+        if not _is_full(error):
+            raise
+        raise _full(Path(checkpoint), processes.is_main_process) from error
+
+
+class Sigterm:
+    """Until `close()`, SIGTERM does not end the process: a loop asks `received()` after each step, saves and stops."""
+
+    def __init__(self) -> None:
+        self.came = False
+        self.main = threading.current_thread() is threading.main_thread()  # no other one may set a handler
+        if self.main:
+            self.before = signal.signal(signal.SIGTERM, self.receive)
+
+    def receive(self, *_: Any) -> None:
+        self.came = True
+
+    def received(self) -> bool:
+        """Whether it came, to any process; all processes have to ask together."""
+        processes = PartialState()
+        if processes.num_processes == 1:
+            return self.came
+        return bool(reduce(torch.tensor(float(self.came), device=processes.device)) > 0)
+
+    def close(self) -> None:
+        if self.main:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+class _CompleteCheckpoints(TrainerCallback):
+    def __init__(self, limit: int | None, sigterm: Sigterm) -> None:
+        self.limit, self.sigterm = limit, sigterm
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.sigterm.received():
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero and not state.is_hyper_param_search:  # whose trials have folders of their own
+            checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+            _write_manifest(checkpoint)
+            _remove_older(checkpoint, self.limit, state.best_model_checkpoint)
+        if self.sigterm.received():  # not before: Trainer saves its control too, and a resumed run would stop again
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_training_stop and self.sigterm.received():  # within an epoch, the end of which this is not
+            control.should_evaluate = control.should_save = False
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.sigterm.received():
+            print(f"SIGTERM: saved {Path(str(args.output_dir), f'checkpoint-{state.global_step}')}")
+            raise SystemExit(0)
+
+
+def _checkpoints(folder: str | Path, prefix: str = "checkpoint-") -> list[Path]:
+    """By step."""
+    steps = {path: path.name.removeprefix(prefix) for path in Path(folder).glob(f"{prefix}*") if path.is_dir()}
+    return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())
+        return all(_checksum(checkpoint / name) == checksum for name, checksum in files.items())
+    except (OSError, ValueError):  # no manifest, or a file of it is missing; not JSON
+        return False
+
+
+def _write_manifest(checkpoint: Path) -> None:
+    """The files and their checksums, all on the disk itself, as the power may fail too, before the manifest is."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
+    checksums = {str(path.relative_to(checkpoint)): _checksum(path, sync=True) for path in files}
+    temporary = checkpoint / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps(checksums, indent=2) + "\n")
+    _checksum(temporary, sync=True)
+    temporary.replace(checkpoint / MANIFEST)
+    if os.name == "posix":  # names of files are on the disk when their folder is
+        for folder in (checkpoint, checkpoint.parent):
+            descriptor = os.open(folder, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def _checksum(path: Path, sync: bool = False) -> int:
+    value = 0
+    with path.open("rb+" if sync else "rb") as file:
+        while chunk := file.read(1 << 20):
+            value = zlib.crc32(chunk, value)
+        if sync:
+            os.fsync(file.fileno())
+    return value
+
+
+def _remove_older(newest: Path, limit: int | None, best: str | None) -> None:
+    """All but `limit` checkpoints, as Trainer does it: the newest and the best stay; unfinished ones go first."""
+    if not limit or limit < 0:
+        return
+    present = _checkpoints(newest.parent)
+    kept = [path for path in present if path in (newest, Path(best or newest))]
+
+    def saved(path: Path) -> float:
+        manifest = path / MANIFEST
+        return manifest.stat().st_mtime if manifest.exists() else 0.0
+
+    others = sorted((path for path in present if path not in kept), key=saved)
+    for path in others[: max(0, len(present) - max(limit, len(kept)))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_full(error: BaseException | None) -> bool:
+    """Whether it, or what it came from, is a disk that takes no more."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(message in str(error) for message in FULL_MESSAGES):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _full(unfinished: Path, remove: bool) -> OSError:
+    if remove and not _is_complete(unfinished):
+        shutil.rmtree(unfinished, ignore_errors=True)
+    last = last_complete_checkpoint(unfinished.parent, unfinished.name.rstrip("0123456789"))
+    return OSError(
+        errno.ENOSPC,
+        f"The disk is full, and {unfinished} was not saved: free some space, or keep fewer checkpoints, and "
+        + (f"go on from {last}" if last else "start again, as no checkpoint was saved before"),
+    )
