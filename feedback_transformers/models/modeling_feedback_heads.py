@@ -91,6 +91,9 @@ class FeedbackHead(FeedbackPreTrainedModel):
             if self.config.supervision == "all" and outputs.feedback_states is not None:
                 supervised = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
             total = torch.stack([loss(y) for y in supervised]).mean()
+        way_back = getattr(self, "feedback", None)
+        if way_back is not None and self.training:  # a single pass doesn't read it, and DDP waits for its gradient
+            total = total + 0 * sum(p.sum() for p in way_back.parameters() if p.requires_grad)
         if outputs.halting_loss is not None:
             total = total + self.config.halting_weight * share * outputs.halting_loss
         return total
@@ -183,7 +186,7 @@ def share_of_batch(
 class FeedbackClassifier(FeedbackHead):
     """A linear readout of `num_labels`; a subclass says what it reads and pools."""
 
-    accepts_loss_kwargs = False  # the losses are means over the batch, which Trainer divides itself
+    accepts_loss_kwargs = True
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
@@ -228,8 +231,18 @@ class FeedbackClassifier(FeedbackHead):
         p = backbone.hidden_dropout_prob if backbone.classifier_dropout is None else backbone.classifier_dropout
         return dropout(pooler(y), p, self.training)
 
-    def classify(self, outputs: FeedbackModelOutput, labels: Tensor | None, mask: Tensor | None) -> FeedbackOutput:
-        """One prediction for each row: logits [B, L] and the loss of `config.problem_type`."""
+    def classify(
+        self,
+        outputs: FeedbackModelOutput,
+        labels: Tensor | None,
+        mask: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> FeedbackOutput:
+        """One prediction for each row: logits [B, L] and the loss of `config.problem_type`.
+
+        A batch that comes in parts, to several processes or one after the other, has `num_items_in_batch` labels; the
+        losses of its parts add up to the mean over all of it, also where they have unequal numbers of rows.
+        """
 
         def pooled_logits(y: Tensor) -> Tensor:
             return self.classifier(self.pool(y, mask) if self.model.pooler is None else self.first(y))
@@ -246,6 +259,8 @@ class FeedbackClassifier(FeedbackHead):
             loss = self.mean_loss(
                 lambda y: self.loss_function(labels, pooled_logits(y).float(), self.config), outputs, weighted
             )
+            if num_items_in_batch is not None:
+                loss = loss * (labels != -100).sum() / num_items_in_batch
         return FeedbackOutput(
             loss=loss,
             logits=pooled_logits(outputs.last_hidden_state),

@@ -25,7 +25,7 @@ class FeedbackForImageClassification(FeedbackClassifier):
     ) -> FeedbackOutput:
         """pixel_values [B, C, H, W], labels [B]; logits [B, L]."""
         outputs = self.run(labels is not None, **{**kwargs, "pixel_values": pixel_values, "use_cache": False})
-        return self.classify(outputs, labels, mask=None)
+        return self.classify(outputs, labels, None, kwargs.get("num_items_in_batch"))
 
     def step_logits(self, outputs: FeedbackOutput) -> list[Tensor]:
         """The logits [B, L] after each feedback step, of outputs with feedback_states."""

@@ -102,13 +102,11 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
             attention_mask = (input_ids != self.config.pad_token_id).long()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
-        return self.classify(outputs, labels, attention_mask)
+        return self.classify(outputs, labels, attention_mask, kwargs.get("num_items_in_batch"))
 
 
 class FeedbackForTokenClassification(FeedbackClassifier):
     """A class for every token."""
-
-    accepts_loss_kwargs = True
 
     @can_return_tuple
     def forward(
@@ -154,6 +152,7 @@ class FeedbackQuestionAnsweringOutput(ModelOutput):
 class FeedbackForQuestionAnswering(FeedbackClassifier):
     """The start and the end of an answer in the text."""
 
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides itself
     needs = {"halting_measure": "state"}  # classes are positions here, and no position has a prediction of its own
 
     def num_outputs(self, config: FeedbackConfig) -> int:

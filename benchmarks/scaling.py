@@ -1,0 +1,314 @@
+"""What training costs by formula: memory, communication and time; checked by runs of four sizes on one machine.
+
+python -m benchmarks.scaling           # measures what is missing, prints the check and the plan of docs/scaling.md
+python -m benchmarks.scaling --report   # prints them from the recorded runs
+
+The formulas are of language models with transformer layers, that feed back their state through a gate, in passes over
+all positions (depth, or time by jacobi), trained in float32 or with bfloat16 autocast and AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.timing import RESULTS, append, machine, peak_bytes
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
+
+FILE = RESULTS / "scaling.jsonl"
+FLOAT, HALF = 4, 2  # bytes
+
+
+# The formulas
+
+
+def parameters(config: FeedbackConfig) -> dict[str, int]:
+    """Of a layer, the connection, the loop, and the whole model."""
+    d, m, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv = d // heads * (config.num_key_value_heads or heads)
+    layer = 2 * d * d + 2 * d * kv + 3 * d * m + 2 * d
+    connection = 3 * d * d + 2 * d + 1
+    loop = connection + config.num_feedback_layers * layer
+    outer = config.num_encoder_layers + config.num_decoder_layers
+    tables = config.vocab_size * d * (1 if config.tie_word_embeddings else 2)
+    return {"layer": layer, "connection": connection, "loop": loop, "all": loop + outer * layer + tables + d}
+
+
+def applied(config: FeedbackConfig, passes: int) -> tuple[int, int]:
+    """How many times a layer is run forward, and how many times the head is."""
+    heads = passes if config.supervision == "all" else 1
+    layers = config.num_encoder_layers + passes * config.num_feedback_layers + heads * config.num_decoder_layers
+    return layers, heads
+
+
+def flops(config: FeedbackConfig, tokens: int, length: int, passes: int, checkpointing: bool = False) -> int:
+    """Of forward and backward: the backward of a product is two, recomputation another one. Attention is counted in
+    full, as the causal half that a kernel may leave out is seldom all saved."""
+    d, size = config.hidden_size, parameters(config)
+    layers, heads = applied(config, passes)
+    one_layer = 2 * (size["layer"] - 2 * d) + 4 * length * d
+    in_layers = layers * one_layer + passes * 2 * 3 * d * d
+    in_heads = heads * 2 * config.vocab_size * d
+    return tokens * ((4 if checkpointing else 3) * in_layers + 3 * in_heads)
+
+
+def activations(config: FeedbackConfig, tokens: int, passes: int, checkpointing: bool, width: int = FLOAT) -> int:
+    """Bytes that the forward keeps for the backward. With checkpointing a pass keeps its input, a layer outside the
+    loop too, and what one pass needs is made when its turn comes; from 16 passes on they are kept in segments."""
+    d, m, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv = d // heads * (config.num_key_value_heads or heads)
+    layer = 8 * d + 2 * kv + 4 * m  # norms 6 d, query and what attention gives 2 d, keys and values, gated MLP
+    one_pass = config.num_feedback_layers * layer + 7 * d  # and the connection
+    layers, readouts = applied(config, passes)
+    outer = layers - passes * config.num_feedback_layers
+    logits = readouts * 2 * config.vocab_size * FLOAT  # and their softmax, in float32 always
+    if not checkpointing:
+        return tokens * (width * (passes * one_pass + outer * layer) + logits)
+    return tokens * (width * (passes * d + outer * d + max(one_pass, layer)) + logits)
+
+
+def states(config: FeedbackConfig, processes: int, sharded: bool) -> dict[str, float]:
+    """Bytes on each process: weights, gradients and AdamW's two moments in float32; sharded, each has its part, and
+    the largest unit, the loop, stands whole in bfloat16 with its gradient while it runs."""
+    size = parameters(config)
+    part = processes if sharded else 1
+    kept = {"weights": FLOAT, "gradients": FLOAT, "optimizer": 2 * FLOAT}
+    gathered = (HALF + FLOAT) * size["loop"] if sharded else 0
+    return {**{name: count * size["all"] / part for name, count in kept.items()}, "gathered": gathered}
+
+
+def communication(config: FeedbackConfig, processes: int, engine: str, passes: int, width: int = FLOAT) -> float:
+    """Bytes that each process sends in a step, by rings. `engine`: "ddp" reduces all gradients once; "fsdp" gathers
+    each unit forward and backward and scatters its gradients once, with the loop as one unit; in "fsdp, layers" a unit
+    is a layer, and those of the loop are gathered at each pass. `width` of the weights that travel."""
+    size, ring = parameters(config), (processes - 1) / processes
+    if engine == "ddp":
+        return 2 * ring * FLOAT * size["all"]
+    looped = config.num_feedback_layers * size["layer"] if engine == "fsdp, layers" else 0
+    gathered = 2 * (size["all"] - looped + passes * looped)
+    return ring * (width * gathered + FLOAT * size["all"])
+
+
+def seconds(work: float, rate: float, sent: float = 0.0, bandwidth: float = 1.0) -> float:
+    """A step, where communication runs beside the computation: the longer of the two."""
+    return max(work / rate, sent / bandwidth)
+
+
+# The runs
+
+WIDTHS = (64, 128, 256, 512)
+ROWS, LENGTH, PASSES, PROCESSES = 4, 128, 4, 2
+
+
+def small(width: int, **fields: Any) -> FeedbackConfig:
+    """One layer before the loop, two in it, one behind it."""
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 32}
+    layers = {"num_encoder_layers": 1, "num_feedback_layers": 2, "num_decoder_layers": 1}
+    fields = {"vocab_size": 256, "num_feedback_steps": PASSES, "max_position_embeddings": LENGTH, **fields}
+    return FeedbackConfig(**sizes, **layers, **fields)
+
+
+def cpu_seconds(step: Any, rounds: int = 5) -> float:
+    """The least of this process, after a first call: other processes on the machine don't count."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.process_time()
+        step()
+        times.append(time.process_time() - start)
+    return min(times[1:])
+
+
+def measure(width: int) -> dict[str, Any]:
+    """One size, beside what the formulas say."""
+    torch.manual_seed(0)
+    config, tokens = small(width), ROWS * LENGTH
+    ids = torch.randint(0, config.vocab_size, (ROWS, LENGTH))
+    model = FeedbackForCausalLM(config).train()
+
+    def step() -> None:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+
+    taken = cpu_seconds(step)
+    model.zero_grad()
+    gradients = FLOAT * parameters(config)["all"]
+    memory = {"activations": (peak_bytes(step), activations(config, tokens, PASSES, False) + gradients)}
+    model.gradient_checkpointing_enable()
+    model.zero_grad()
+    memory["checkpointed"] = (peak_bytes(step), activations(config, tokens, PASSES, True) + gradients)
+    model.gradient_checkpointing_disable()
+    with FlopCounterMode(display=False) as counted, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        step()
+    x, product = torch.randn(tokens, width, requires_grad=True), nn.Linear(width, 2 * width, bias=False)
+    rate = 3 * 2 * tokens * 2 * width**2 / cpu_seconds(lambda: product(x).sum().backward(), 20)
+    return {
+        "width": width,
+        "parameters": (model.num_parameters(), parameters(config)["all"]),
+        "flops": (counted.get_total_flops(), flops(config, tokens, LENGTH, PASSES)),
+        **memory,
+        "seconds": taken,
+        "matmul rate": rate,
+    }
+
+
+ENGINES = ("ddp", "fsdp", "fsdp, layers")
+
+
+def sent() -> dict[str, list[float]]:
+    """Bytes that each of two processes sends in a step, by engine, at each width: what it hands to the collectives,
+    times the share of it that rings send."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
+    context: Any = spawn(one_process, (port, queue), nprocs=PROCESSES, join=False)
+    while not context.join():
+        pass
+    return queue.get()
+
+
+class Counted:
+    """The bytes that collectives send by rings, from when it is made until `stop`."""
+
+    def __init__(self) -> None:
+        self.bytes, self.ring = 0.0, (PROCESSES - 1) / PROCESSES
+        self.gather, self.scatter = dist.all_gather_single, dist.reduce_scatter_single
+        dist.all_gather_single, dist.reduce_scatter_single = self.gathered, self.scattered
+
+    def stop(self) -> float:
+        dist.all_gather_single, dist.reduce_scatter_single = self.gather, self.scatter
+        return self.bytes
+
+    def gathered(self, output: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.bytes += self.ring * output.nbytes
+        return self.gather(output, *args, **kwargs)
+
+    def scattered(self, output: Tensor, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.bytes += self.ring * input.nbytes
+        return self.scatter(output, input, *args, **kwargs)
+
+    def reduced(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """A hook for DDP."""
+        self.bytes += 2 * self.ring * bucket.buffer().nbytes
+        work: Any = dist.all_reduce(bucket.buffer().div_(PROCESSES), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+
+def one_process(rank: int, port: int, queue: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+    found: dict[str, list[float]] = {engine: [] for engine in ENGINES}
+    for width in WIDTHS:
+        for engine in ENGINES:
+            torch.manual_seed(0)
+            model: Any = FeedbackForCausalLM(small(width)).train()
+            ids = torch.randint(0, model.config.vocab_size, (ROWS, LENGTH))
+            counted = Counted()
+            if engine == "ddp":
+                model = DistributedDataParallel(model)
+                model.register_comm_hook(None, counted.reduced)
+            else:
+                loop = model.model.loop
+                for unit in loop.cell.layers if engine == "fsdp, layers" else [loop]:
+                    fully_shard(unit, reshard_after_forward=True)
+                fully_shard(model, reshard_after_forward=True)
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            found[engine].append(counted.stop())
+    if rank == 0:
+        queue.put(found)
+    dist.destroy_process_group()
+
+
+def run() -> list[dict[str, Any]]:
+    """All four sizes, a line of the results each."""
+    torch.set_num_threads(1)
+    travelled = sent()
+    runs = []
+    for i, width in enumerate(WIDTHS):
+        runs.append(measure(width))
+        formula = {engine: communication(small(width), PROCESSES, engine, PASSES) for engine in ENGINES}
+        runs[-1]["sent"] = {engine: (travelled[engine][i], formula[engine]) for engine in ENGINES}
+        append(FILE, {**runs[-1], "machine": machine(), "threads": 1})
+    return runs
+
+
+def check(runs: list[dict[str, Any]]) -> None:
+    """Prints what the formulas say as a share of what was measured."""
+    print("| width | parameters | flops | memory | with checkpointing | sent: " + " | ".join(ENGINES), end="")
+    print(" | CPU seconds | share of the rate of its products |\n|" + "---|" * 9)
+    for run in runs:
+        pairs = [run[name] for name in ("parameters", "flops", "activations", "checkpointed")]
+        pairs += [run["sent"][engine] for engine in ENGINES]
+        shares = [f"{formula / measured:.3f}" for measured, formula in pairs]
+        share = run["flops"][1] / run["seconds"] / run["matmul rate"]
+        print(f"| {run['width']} | {' | '.join(shares)} | {run['seconds']:.3f} | {share:.2f} |")
+
+
+# The plan
+
+SIZES: dict[str, dict[str, Any]] = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16},
+    "10B": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+}
+LAYERS = {"1B": (4, 10, 4), "10B": (8, 28, 8)}
+PLAN = {"tokens in a batch": 2**21, "length": 4096, "rows on a device": 1, "passes": 4}
+PEAK, REACHED = 1e15, 0.4  # bfloat16 of a large accelerator, and the share of it that training reaches: assumptions
+BANDWIDTH = 50e9  # bytes a second out of each device, between machines: an assumption
+
+
+def planned(name: str) -> FeedbackConfig:
+    encoder, loop, decoder = LAYERS[name]
+    layers = {"num_encoder_layers": encoder, "num_feedback_layers": loop, "num_decoder_layers": decoder}
+    return FeedbackConfig(
+        vocab_size=32768, max_position_embeddings=4096, tie_word_embeddings=False, **layers, **SIZES[name]
+    )
+
+
+def plan() -> None:
+    """Prints, for each size and number of devices, memory and communication of each of them and the time of a step."""
+    passes, length = PLAN["passes"], PLAN["length"]
+    tokens = PLAN["rows on a device"] * length  # of a device at a time: the rest of the batch is accumulated
+    print("| model | parameters | devices | engine | states, GB | activations, GB | sent, GB | GPU seconds |")
+    print("|" + "---|" * 8)
+    for name in SIZES:
+        config = planned(name)
+        count = parameters(config)["all"]
+        work = flops(config, PLAN["tokens in a batch"], length, passes, checkpointing=True)
+        kept = activations(config, tokens, passes, True, HALF) / 1e9
+        for devices in (8, 64, 512):
+            share = PLAN["tokens in a batch"] // tokens // devices
+            for engine in ENGINES:
+                held = sum(states(config, devices, engine != "ddp").values()) / 1e9
+                travels = (
+                    communication(config, devices, engine, passes, HALF) * (1 if engine == "ddp" else share) / 1e9
+                )
+                step = seconds(work / devices, PEAK * REACHED, 1e9 * travels, BANDWIDTH)
+                cells = [f"{count / 1e9:.2f}B", devices, engine, f"{held:.1f}", f"{kept:.1f}", f"{travels:.1f}"]
+                print("|", " | ".join(map(str, [name, *cells, f"{step:.2f}"])), "|")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    lines = FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []
+    runs = [json.loads(line) for line in lines][-len(WIDTHS) :]
+    check(runs if parser.parse_args().report or len(runs) == len(WIDTHS) else run())
+    print()
+    plan()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Two processes train as one does: DDP, FSDP 2, streamed data; and the ready configs of accelerate."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_worker as worker
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from conftest import build
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate"
+PROCESSES = 2
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def launch(*arguments: str, script: str = worker.__file__, seconds: float = 500) -> None:
+    """`script` in two processes that meet on a free port, as torchrun starts them, without torchrun's own start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = []
+    for rank in map(str, range(PROCESSES)):
+        environment = {**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, script, *map(str, arguments)]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+    try:
+        errors = [process.communicate(timeout=seconds)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for process, error in zip(started, errors, strict=True):
+        assert process.returncode == 0, error[-3000:]
+
+
+def results(folder: Path, name: str, rank: int = 0) -> dict:
+    return json.loads((folder / f"{name}-{rank}.json").read_text())
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    file = "adapter_model.safetensors" if "LORA" in worker.CASES[name] else "model.safetensors"
+    return load_file(folder / name / file)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of a case that one process has trained."""
+    folder, trained = tmp_path_factory.mktemp("alone"), set()
+
+    def train(name: str) -> Path:
+        if name not in trained:
+            worker.train(name, folder)
+            trained.add(name)
+        return folder
+
+    return train
+
+
+def compare(engine: str, names: list[str], alone, folder: Path) -> None:
+    launch(folder, engine, *names)
+    for name in names:
+        one, first, second = results(alone(name), name), results(folder, name), results(folder, name, 1)
+        assert len(one["losses"]) == worker.STEPS and one["losses"][-1] < one["losses"][0], name
+        assert first["losses"] == pytest.approx(one["losses"], abs=1e-4, rel=0), (engine, name)
+        assert first["steps"] == second["steps"] == one["steps"], "every process draws the same number of steps"
+        expected, actual = weights(alone(name), name), weights(folder, name)
+        assert actual.keys() == expected.keys()
+        apart = {key: (actual[key] - expected[key]).abs().max().item() for key in expected}
+        assert max(apart.values()) < 1e-4, (engine, name, {key: value for key, value in apart.items() if value > 1e-4})
+
+
+QUICK = {"ddp": ["depth", "jacobi", "lora"], "fsdp": ["depth", "sequential"]}
+
+
+@pytest.mark.parametrize("engine", QUICK)
+def test_two_processes_train_as_one(engine, alone, tmp_path):
+    compare(engine, QUICK[engine], alone, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "depth")
+    assert model.num_parameters() == sum(p.numel() for p in weights(alone("depth"), "depth").values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", QUICK)
+def test_all_cases(engine, alone, tmp_path):
+    compare(engine, [name for name in worker.CASES if name not in QUICK[engine]], alone, tmp_path)
+
+
+# Configs
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_load(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 8 * config.num_machines
+    assert config.distributed_type.value in ("MULTI_GPU", "FSDP", "DEEPSPEED")
+    launched(path)  # what `accelerate launch` checks
+
+
+def launched(path: Path):
+    """The arguments of `accelerate launch --config_file path`, read and checked by accelerate itself."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    arguments, config, _ = _validate_launch_command(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
+    return arguments
+
+
+def test_fsdp_config_shards_the_loop_as_one_unit(monkeypatch):
+    """As the processes that accelerate starts read it: the loop's weights are gathered once, not at every pass."""
+    for name, value in prepare_multi_gpu_env(launched(CONFIGS / "fsdp2.yaml")).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    plugin.set_auto_wrap_policy(model := build(feedback_type="transformer"))
+    policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    assert [name for name, module in model.named_modules() if policy(module)] == ["model.loop"]
+
+
+def test_deepspeed_config_is_zero_3(monkeypatch):
+    for name, value in prepare_deepspeed_cmd_env(launched(CONFIGS / "deepspeed_zero3.yaml"))[1].items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == 3 and plugin.hf_ds_config.is_zero3() and not plugin.hf_ds_config.is_offload()
+    plugin.set_mixed_precision("bf16")
+    sizes = {"train_micro_batch_size_per_gpu": 4, "train_batch_size": 32, "gradient_clipping": 1.0}
+    plugin.deepspeed_config_process(must_match=False, **sizes)  # refuses what is left at "auto"
+    assert plugin.deepspeed_config["bf16"] == {"enabled": True} and plugin.deepspeed_config["train_batch_size"] == 32
+
+
+def test_every_config_is_described():
+    readme = (CONFIGS.parent / "README.md").read_text()
+    names = {path.name for path in CONFIGS.glob("*.yaml")}
+    assert names == {"single_node.yaml", "several_nodes.yaml", "fsdp2.yaml", "deepspeed_zero3.yaml"}
+    assert all(f"accelerate/{name}" in readme for name in names)
