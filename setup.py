@@ -12,7 +12,7 @@ TRAIN = [
     "accelerate>=1.10,<2",
     "datasets>=4,<6",
     "evaluate>=0.4.6,<0.5",
-    "matplotlib>=3.8,<4",
+    "matplotlib>=3.9,<4",
     "pillow>=10",
     "peft>=0.21,<1",
     "rouge-score>=0.1.2,<0.2",
@@ -37,6 +37,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["feedback_transformers", "feedback_transformers.*"]),
     package_data={"feedback_transformers": ["py.typed", "card_template.md"]},
+    entry_points={"console_scripts": ["feedback-transformers = feedback_transformers.cli:main"]},
     install_requires=["torch>=2.9,<3", "transformers>=5.23,<6"],
     # The data packages themselves are installed by `python -m feedback_transformers.data`, without their dependencies.
     extras_require={

@@ -1,22 +1,38 @@
-"""Sharing: a folder that loads anywhere with `trust_remote_code=True`, with a card of measured results.
+"""Sharing: a repository that loads anywhere with `trust_remote_code=True`, with a card of measured results.
 
 The code and the complete auto_map go along with every `save_pretrained` and `push_to_hub` (see
-FeedbackConfig.save_pretrained); `export` adds the processor and the card.
+FeedbackConfig.save_pretrained). What else belongs to a model, its processor, what was measured, plots, is said once:
+
+    hub.describe(model, tokenizer, {"accuracy": 0.75}, dataset="me/reviews")  # then model.push_to_hub("me/it")
+    trainer.add_callback(hub.CardCallback(trainer, dataset="me/reviews"))  # for TrainingArguments(push_to_hub=True)
+    hub.export(model, "folder", tokenizer, {"accuracy": 0.75}, dataset="me/reviews")
+
+A model loaded from a folder and pushed as it is takes along what lies beside it there, with nothing said.
 """
 
 from __future__ import annotations
 
+import filecmp
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.repocard_data import EvalResult
-from transformers import PreTrainedModel
+from transformers import AutoProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .models.configuration_feedback import MODELING
 from .models.modeling_feedback import FeedbackPreTrainedModel
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
+STUB = (
+    "This model card has been automatically generated."  # what transformers says of a model that it knows nothing of
+)
 PIPELINES = {
     "FeedbackForCausalLM": "text-generation",
     "FeedbackForMaskedLM": "fill-mask",
@@ -27,6 +43,40 @@ PIPELINES = {
     "FeedbackForImageClassification": "image-classification",
     "FeedbackForTimeSeriesPrediction": "time-series-forecasting",
 }
+SPLITS = {"eval": "validation", "test": "test"}
+NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "samples", "model_preparation_time")
+
+
+@dataclass
+class Sharing:
+    """What a repository holds beyond weights, config and code; `card` is what `model_card` takes."""
+
+    processor: Any = None
+    results: dict[str, float] = field(default_factory=dict)
+    plots: Sequence[str | Path] = ()
+    card: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(
+    model: FeedbackPreTrainedModel,
+    processor: Any = None,
+    results: dict[str, float] | None = None,
+    plots: Sequence[str | Path] = (),
+    **card: Any,
+) -> None:
+    """Says what goes along when `model` is pushed. Say it again when the model has been trained on.
+
+    Args:
+        processor: a tokenizer, image or feature processor, saved beside the model.
+        results: measured metrics by name; names that begin with eval_ or test_, as Trainer's do, tell the split.
+        plots: pictures, shown in the card.
+        card: what `model_card` takes: `dataset` names what `results` were measured on.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"This takes a feedback model, not a {type(model).__name__}: merge_and_unload() adapters first."
+        )
+    model.sharing = Sharing(processor, results or {}, plots, card)  # type: ignore[assignment]
 
 
 def export(
@@ -34,25 +84,118 @@ def export(
     folder: str | Path,
     processor: Any = None,
     results: dict[str, float] | None = None,
+    plots: Sequence[str | Path] = (),
     **card: Any,
 ) -> Path:
-    """Writes weights, config, code, processor and README.md to `folder`; push it with `hf upload` or push_to_hub.
-
-    Args:
-        processor: a tokenizer, image or feature processor, saved beside the model.
-        results: measured metrics by name, for the card.
-        card: what `model_card` takes.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"export takes a feedback model, not a {type(model).__name__}: merge_and_unload() adapters first."
-        )
+    """Writes to `folder` what push_to_hub would upload after `describe`, which takes the same arguments."""
+    describe(model, processor, results, plots, **card)
     folder = Path(folder)
     model.save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
-    model_card(model, results or {}, **card).save(folder / "README.md")
+    complete(model, folder, model.sharing)
     return folder
+
+
+def complete(model: FeedbackPreTrainedModel, folder: str | Path, sharing: Sharing) -> None:
+    """Adds processor, plots, README.md and .eval_results to `folder`, which a model was saved to."""
+    folder = Path(folder)
+    if sharing.processor is not None:
+        sharing.processor.save_pretrained(folder)
+    for plot in map(Path, sharing.plots):
+        (folder / "plots").mkdir(exist_ok=True)
+        if plot.resolve() != (folder / "plots" / plot.name).resolve():
+            shutil.copyfile(plot, folder / "plots" / plot.name)
+    card = model_card(model, sharing.results, plots=[Path(plot).name for plot in sharing.plots], **sharing.card)
+    readme = folder / "README.md"
+    if readme.exists():  # the tags that push_to_hub was given are in it
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *(ModelCard.load(readme).data.tags or [])]))
+    card.save(readme)
+    save_eval_results(folder, sharing)
+
+
+def complete_push(model: FeedbackPreTrainedModel, folder: str, repository: str) -> None:
+    """What FeedbackPreTrainedModel does before `folder` is uploaded by push_to_hub."""
+    target, origin = Path(folder), Path(model.name_or_path or ".")
+    if model.sharing is not None:
+        named = {"name": repository.split("/")[-1], "repository": repository} | model.sharing.card
+        complete(model, target, Sharing(model.sharing.processor, model.sharing.results, model.sharing.plots, named))
+    elif model.name_or_path and origin.resolve() != target.resolve() and same_weights(origin, target):
+        sharing = Sharing(processor_of(origin), plots=sorted(origin.glob("plots/*.png")))
+        complete(model, target, sharing)
+        for file in (*origin.glob("README.md"), *origin.glob(".eval_results/*.yaml")):
+            (target / file.relative_to(origin)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target / file.relative_to(origin))
+    elif STUB in (target / "README.md").read_text(encoding="utf-8"):
+        complete(model, target, Sharing(card={"name": repository.split("/")[-1], "repository": repository}))
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same weights, so that what was measured in one is true of the other."""
+    names = [{file.name for file in folder.glob("*.safetensors")} for folder in (one, other)]
+    return names[0] == names[1] != set() and all(
+        filecmp.cmp(one / name, other / name, shallow=False) for name in names[0]
+    )
+
+
+def processor_of(folder: str | Path) -> Any:
+    """The tokenizer, image or feature processor in `folder`; None without one."""
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """What of Trainer's `metrics` says how good a model is: not the speed, not the progress, not the training loss."""
+    names = [name for name in metrics if name.split("_")[0] in SPLITS or name == "perplexity"]
+    return {name: float(metrics[name]) for name in names if name.partition("_")[2] not in NOT_MEASURED}
+
+
+def draw_losses(history: Sequence[Mapping[str, Any]], folder: str | Path) -> list[Path]:
+    """The picture plots/loss.png of Trainer's `state.log_history`, if it has losses and matplotlib is installed."""
+    if find_spec("matplotlib") is None or not any({"loss", "eval_loss"} & set(entry) for entry in history):
+        return []
+    from . import visualize
+
+    path = Path(folder) / "plots" / "loss.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    visualize.loss_curves({"loss": history}, path)
+    return [path]
+
+
+def split_of(metric: str) -> tuple[str, str | None]:
+    """eval_accuracy -> accuracy, validation"""
+    prefix, _, name = metric.partition("_")
+    return (name, SPLITS[prefix]) if prefix in SPLITS and name else (metric, None)
+
+
+def save_eval_results(folder: Path, sharing: Sharing) -> None:
+    """The results as the Hub reads them, .eval_results/<dataset>.yaml; without a dataset they have no place there."""
+    dataset = sharing.card.get("dataset")
+    if not dataset or not sharing.results:
+        return
+    entries = [
+        EvalResultEntry(dataset_id=dataset, task_id=metric, value=value, notes=sharing.card.get("command") or None)
+        for metric, value in sharing.results.items()
+    ]
+    (folder / ".eval_results").mkdir(exist_ok=True)
+    file = folder / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', dataset)}.yaml"
+    file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
+
+
+def eval_results(results: Mapping[str, float], task: str, dataset: str) -> list[EvalResult]:
+    """The results as the model-index of a card."""
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=split_of(metric)[1],
+            metric_type=split_of(metric)[0],
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in results.items()
+    ]
 
 
 def model_card(
@@ -63,6 +206,8 @@ def model_card(
     license: str = "apache-2.0",
     description: str = "",
     command: str = "",
+    repository: str = "<this repository>",
+    plots: Sequence[str] = (),
 ) -> ModelCard:
     """A card with the sizes of `model` and the measured `results` on `dataset`, which `command` reproduces."""
     config = model.config
@@ -74,13 +219,7 @@ def model_card(
         pipeline_tag=task,
         tags=["feedback", "feedback_transformers", f"feedback-{config.feedback_axis}"],
         model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type=task, dataset_type=dataset, dataset_name=dataset, metric_type=metric, metric_value=value
-            )
-            for metric, value in results.items()
-        ]
-        or None,
+        eval_results=eval_results(results, task, dataset) or None,
     )
     return ModelCard.from_template(
         data,
@@ -94,4 +233,80 @@ def model_card(
         results=results,
         dataset=dataset,
         command=command,
+        repository=repository,
+        plots=plots,
     )
+
+
+class CardCallback(TrainerCallback):
+    """Completes every push of a Trainer with `push_to_hub=True`: code, card, results, plots.
+
+    Trainer pushes a checkpoint without its code, and writes a README.md of its own after the last event before the
+    final upload; this writes ours in its place, with what evaluate and predict measured of the weights as they are.
+    With adapters, Trainer's and PEFT's card stays, and the results are added to it.
+
+    Args:
+        trainer: the Trainer that this is added to.
+        dataset: what it evaluates on.
+        card: what else `model_card` takes.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: str, **card: Any) -> None:
+        if trainer.args.hub_token is not None:
+            raise ValueError(
+                "Trainer uploads training_args.bin with the hub_token in it: leave hub_token out, and set HF_TOKEN or "
+                "run `hf auth login`."
+            )
+        name = Path(trainer.args.hub_model_id or trainer.args.output_dir).name
+        self.trainer, self.card = trainer, {"name": name, "dataset": dataset, **card}
+        self.results: dict[str, float] = {}
+        self.create_model_card, trainer.create_model_card = trainer.create_model_card, self.write  # type: ignore
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.results = {}  # what was measured was measured of other weights
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: Any, metrics: dict | None = None, **kwargs: Any
+    ) -> None:
+        self.results = self.results | measured(metrics or {})
+        self.describe()
+
+    def on_predict(self, args: TrainingArguments, state: TrainerState, control: Any, metrics: Any, **_: Any) -> None:
+        self.on_evaluate(args, state, control, metrics)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if args.load_best_model_at_end and state.best_global_step is not None:
+            best = [entry for entry in state.log_history if entry.get("step") == state.best_global_step]
+            self.results = {name: value for entry in best for name, value in measured(entry).items()}
+        self.describe()
+
+    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.write()
+
+    def model(self) -> Any:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model)
+
+    def describe(self) -> None:
+        """So that the model's own push_to_hub is complete too."""
+        if isinstance(self.model(), FeedbackPreTrainedModel) and self.trainer.is_world_process_zero():
+            plots = draw_losses(self.trainer.state.log_history, self.trainer.args.output_dir or ".")
+            describe(self.model(), self.trainer.processing_class, self.results, plots, **self.card)
+
+    def write(self, **kwargs: Any) -> None:
+        """Completes output_dir; in place of Trainer.create_model_card."""
+        if not self.trainer.is_world_process_zero():
+            return
+        folder, model = Path(self.trainer.args.output_dir or "."), self.model()
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(model, FeedbackPreTrainedModel):
+            model.config.save_pretrained(folder)  # for the code
+            self.describe()
+            complete(model, folder, model.sharing)
+            return
+        self.create_model_card(**kwargs)
+        card = ModelCard.load(folder / "README.md")
+        task = PIPELINES.get(type(model.get_base_model()).__name__, "feature-extraction")
+        card.data.model_name = self.card["name"]
+        card.data.eval_results = eval_results(self.results, task, self.card["dataset"]) or None
+        card.save(folder / "README.md")
+        save_eval_results(folder, Sharing(results=self.results, card=self.card))

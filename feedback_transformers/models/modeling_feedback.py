@@ -5,19 +5,24 @@ Shapes: B batch, T positions, P positions in the cache, C channels, D hidden siz
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
 from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import CONFIG_NAME, ModelOutput, can_return_tuple
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import BACKBONES, base_class, initialize
@@ -60,6 +65,26 @@ class FeedbackModelOutput(ModelOutput):
     halting_loss: Tensor | None = None
 
 
+def check_download(folder: Path) -> int:
+    """Compares the weights in a snapshot of the Hub's cache with the SHA-256 that they are called by; their number.
+
+    huggingface_hub compares the size only. Where the cache has no symbolic links there is no name to compare with.
+    """
+    links = {file: os.path.basename(os.readlink(file)) for file in folder.glob("*.safetensors") if file.is_symlink()}
+    blobs = {file: announced for file, announced in links.items() if len(announced) == 64}  # a shorter name is git's
+    for file, announced in blobs.items():
+        digest = hashlib.sha256()
+        with file.open("rb") as content:
+            while chunk := content.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != announced:
+            raise OSError(
+                f"{file} is not what the Hub announced, its SHA-256 is another one: download it again with "
+                "force_download=True."
+            )
+    return len(blobs)
+
+
 class FeedbackPreTrainedModel(PreTrainedModel):
     config: FeedbackConfig
     config_class = FeedbackConfig
@@ -70,6 +95,26 @@ class FeedbackPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
+    sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; weights from the Hub that are not what the Hub announced are refused."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
+        revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")
+        path = f"{kwargs.get('subfolder', '')}/{CONFIG_NAME}".lstrip("/")
+        if not Path(config.name_or_path).is_dir():
+            found = try_to_load_from_cache(config.name_or_path, path, kwargs.get("cache_dir"), revision)
+            if isinstance(found, str):
+                check_download(Path(found).parent)
+        return loaded
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """What push_to_hub uploads; with a card where this is the package, rather than a checkpoint's copy of it."""
+        if __name__.startswith("feedback_transformers."):
+            import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

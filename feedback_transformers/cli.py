@@ -1,0 +1,152 @@
+"""`feedback-transformers export | card | info`: what `hf` has no command for.
+
+`hf upload`, `hf download`, `hf auth login` and `hf cache verify` do the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, try_to_load_from_cache
+from transformers import AutoConfig
+
+from . import hub
+from .models.configuration_feedback import AUTO_MAP, MODELING, FeedbackConfig
+from .models.modeling_feedback import FeedbackPreTrainedModel, check_download
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; what can't be done ends it with one sentence."""
+    args = parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"feedback-transformers {args.command}: {error}")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser("feedback-transformers", description="Folders and repositories of feedback models.")
+    commands = top.add_subparsers(dest="command", required=True)
+    export = commands.add_parser("export", help="write a checkpoint to a folder that loads anywhere, with its card")
+    export.add_argument("source", help="a folder, such as a checkpoint of Trainer, or a repository of the Hub")
+    export.add_argument("folder", type=Path, help="where to write it; upload it with `hf upload`")
+    export.set_defaults(run=run_export)
+    card = commands.add_parser("card", help="write README.md and .eval_results of a folder, and nothing else")
+    card.add_argument("folder", type=Path, help="a folder with a feedback model")
+    card.set_defaults(run=run_card)
+    for command in (export, card):
+        command.add_argument("--results", type=Path, help="JSON of metrics by name; default all_results.json there")
+        command.add_argument("--dataset", help="what they were measured on, as the Hub calls it")
+        command.add_argument("--name", help="title of the card")
+        command.add_argument("--description", help="a sentence below the title")
+        command.add_argument("--license", help="default apache-2.0")
+        command.add_argument("--reproduce", dest="reproduce", help="the command that measured")
+    info = commands.add_parser("info", help="what a model is, and whether its repository is complete")
+    info.add_argument("source", help="a folder or a repository of the Hub")
+    info.add_argument("--revision", help="branch, tag or commit")
+    info.set_defaults(run=run_info)
+    return top
+
+
+def load_config(source: str | Path, revision: str | None = None) -> FeedbackConfig:
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    if not isinstance(config, FeedbackConfig):
+        raise ValueError(f"{source} is a model of type {config.model_type!r}, not a feedback model.")
+    return config
+
+
+def auto_class(config: FeedbackConfig) -> Any:
+    """The Auto class of the head that the config names."""
+    head = (config.architectures or ["FeedbackModel"])[0]
+    autos = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head}")]
+    if not autos:
+        raise ValueError(f"This version has no class {head!r}: upgrade feedback_transformers.")
+    return getattr(transformers, autos[0])
+
+
+def outline(config: FeedbackConfig) -> FeedbackPreTrainedModel:
+    """The model without its weights."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config)
+
+
+def sharing(args: argparse.Namespace, source: Path, target: Path) -> hub.Sharing:
+    """What the options and the files of a training run in `source` say."""
+    results, state = args.results or source / "all_results.json", source / "trainer_state.json"
+    said = {"name": args.name, "dataset": args.dataset, "description": args.description, "license": args.license}
+    card = {"name": target.resolve().name, **{name: value for name, value in said.items() if value is not None}}
+    if args.reproduce:
+        card["command"] = args.reproduce
+    if args.results and not results.is_file():
+        raise ValueError(f"There is no file {results}: give --results a JSON of metrics by name.")
+    numbers = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    found = numbers if args.results else hub.measured(numbers)
+    if found and not args.dataset:
+        raise ValueError("Say with --dataset what the results were measured on.")
+    plots = sorted(source.glob("plots/*.png"))
+    if state.is_file() and not plots:
+        plots = hub.draw_losses(json.loads(state.read_text(encoding="utf-8"))["log_history"], target)
+    return hub.Sharing(results={name: float(value) for name, value in found.items()}, plots=plots, card=card)
+
+
+def run_export(args: argparse.Namespace) -> None:
+    said = sharing(args, Path(args.source), args.folder)
+    model = auto_class(load_config(args.source)).from_pretrained(args.source)
+    hub.export(model, args.folder, hub.processor_of(args.source), said.results, said.plots, **said.card)
+    print(f"{args.folder}: {len(list(args.folder.iterdir()))} files; push it with `hf upload`")
+
+
+def run_card(args: argparse.Namespace) -> None:
+    if not args.folder.is_dir():
+        raise ValueError(f"There is no folder {args.folder}: give one with a feedback model.")
+    hub.complete(outline(load_config(args.folder)), args.folder, sharing(args, args.folder, args.folder))
+    print(args.folder / "README.md")
+
+
+def run_info(args: argparse.Namespace) -> None:
+    config = load_config(args.source, args.revision)
+    model = outline(config)
+    stages = {"encoder": "encoder", "cell": "feedback", "decoder": "decoder"}
+    about = {
+        "class": type(model).__name__,
+        "parameters": f"{model.num_parameters():,}",
+        **{
+            stage: f"{getattr(config, f'{name}_type')}, {getattr(config, f'num_{name}_layers')} layers"
+            for stage, name in stages.items()
+        },
+        "axis, signal, connection": f"{config.feedback_axis}, {config.feedback_signal}, {config.feedback_connection}",
+        "format": config.format_version,
+        "made with transformers": config.transformers_version,
+    }
+    folder = Path(args.source)
+    if folder.is_dir():
+        missing = sorted({reference.split(".")[0] + ".py" for reference in AUTO_MAP.values()} - set(names(folder)))
+        about["code"] = f"lacks {', '.join(missing)}: export it" if missing else "complete"
+        about["card"] = measured_in(folder / "README.md")
+    else:
+        commit = getattr(config, "_commit_hash", None)
+        about["commit"] = commit
+        found = try_to_load_from_cache(args.source, "config.json", revision=commit)
+        checked = check_download(Path(found).parent) if isinstance(found, str) else 0
+        about["weights here"] = f"{checked} files, each with the announced SHA-256" if checked else "none"
+    for name, value in about.items():
+        print(f"{name:<26}{value}")
+
+
+def names(folder: Path) -> list[str]:
+    return [file.name for file in folder.iterdir()]
+
+
+def measured_in(card: Path) -> str:
+    """The results that a card states."""
+    if not card.is_file():
+        return "none: write one with `feedback-transformers card`"
+    results = ModelCard.load(card).data.eval_results or []
+    return ", ".join(f"{result.metric_name} {result.metric_value:.4g}" for result in results) or "without results"
