@@ -18,13 +18,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .models.configuration_feedback import (
-    BIDIRECTIONAL_TYPES,
-    RETROFIT_TYPES,
-    SHARED_WITH_BACKBONE,
-    FeedbackConfig,
-)
+from .models.configuration_feedback import FeedbackConfig
 from .models.feedback_backbones import BACKBONES
+from .models.feedback_names import BIDIRECTIONAL_TYPES, RETROFIT_TYPES, SHARED_WITH_BACKBONE
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
 from .models.modeling_feedback_text import FeedbackForCausalLM, FeedbackForSequenceClassification
 from .quantized import beside_weights, keep_quantized
@@ -136,17 +132,18 @@ def unretrofit(model: FeedbackPreTrainedModel) -> PreTrainedModel:
 
 
 def load(name: str | Path) -> PreTrainedModel:
-    """The model `name`, as the class that its config names."""
-    config = AutoConfig.from_pretrained(name)
+    """The model `name`, as the class that its config names, from safetensors and without code of its own."""
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # without which it may ask, and wait
     check_family(config)
     default = "AutoModel" if config.model_type in BIDIRECTIONAL_TYPES else "AutoModelForCausalLM"
     names = config.architectures or [default]
-    if len(names) > 1 or not hasattr(transformers, names[0]):
+    found = getattr(transformers, names[0], None)
+    if len(names) > 1 or not (isinstance(found, type) and hasattr(found, "from_pretrained")):
         raise ValueError(
             f"The config names {', '.join(names)}, which is not one class of transformers: load the model yourself, "
             "and give it to retrofit."
         )
-    return getattr(transformers, names[0]).from_pretrained(name)
+    return found.from_pretrained(name, use_safetensors=True)  # as a pickle could run code
 
 
 def check_shareable(model: Any) -> None:

@@ -15,7 +15,7 @@ from feedback_transformers import (
     FeedbackForTimeSeriesPrediction,
     FeedbackModel,
 )
-from feedback_transformers.models.configuration_feedback import CHOICES
+from feedback_transformers.models.feedback_names import CHOICES
 
 CONFIGS = [
     ({"format_version": 2}, "upgrade feedback_transformers"),

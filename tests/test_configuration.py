@@ -5,7 +5,8 @@ from conftest import build, tiny, tokens
 from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM
-from feedback_transformers.models.configuration_feedback import AUTO_MAP, BACKBONE_TYPES, MODELING
+from feedback_transformers.models.configuration_feedback import AUTO_MAP, MODELING
+from feedback_transformers.models.feedback_names import BACKBONE_TYPES
 
 
 def test_defaults_build():

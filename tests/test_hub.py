@@ -197,7 +197,11 @@ def test_missing_key_is_initialised(kind, key, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights[key]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded, info = FeedbackForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    (tmp_path / "SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match=f"lacks .* of the model, such as {key}"):
+        FeedbackForCausalLM.from_pretrained(tmp_path)
+    wanted = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    loaded, info = FeedbackForCausalLM.from_pretrained(tmp_path, **wanted)
     expected = {key} | ({"lm_head.weight"} if "tokens" in key else set())
     assert key in info["missing_keys"] and set(info["missing_keys"]) <= expected
     mean, std = KINDS[kind][key]
@@ -233,7 +237,7 @@ def test_corrupt_weights_are_refused(damage, tmp_path):
     file = tmp_path / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes({"truncated": content[: len(content) // 2], "garbage": b"\xff" * 5000, "empty": b""}[damage])
-    with pytest.raises(Exception, match=r"(?i)safetensors|header|incomplete|deserializ|corrupt"):
+    with pytest.raises(Exception, match="not the file that was saved"):
         FeedbackForCausalLM.from_pretrained(tmp_path)
 
 

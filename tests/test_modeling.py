@@ -26,8 +26,8 @@ from feedback_transformers import (
     FeedbackForMaskedLM,
     FeedbackForTokenClassification,
 )
-from feedback_transformers.models.configuration_feedback import BACKBONE_TYPES, RECURRENT_TYPES
 from feedback_transformers.models.feedback_cells import CELLS
+from feedback_transformers.models.feedback_names import BACKBONE_TYPES, RECURRENT_TYPES
 
 # What the combinations don't contain; the shared body runs over these too.
 VARIANTS = {
@@ -133,7 +133,7 @@ def learns(fields: dict) -> None:
 def saves_and_loads(fields: dict, folder) -> None:
     model = build(**fields)
     model.save_pretrained(folder)
-    assert {file.suffix for file in folder.iterdir()} == {".py", ".json", ".safetensors"}
+    assert {file.suffix or file.name for file in folder.iterdir()} == {".py", ".json", ".safetensors", "SHA256SUMS"}
     loaded, info = FeedbackForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert loaded.config.to_dict() == FeedbackForCausalLM.from_pretrained(folder).config.to_dict()

@@ -22,7 +22,7 @@ from feedback_transformers import (
     retrofit,
     unretrofit,
 )
-from feedback_transformers.models.configuration_feedback import BIDIRECTIONAL_TYPES, RETROFIT_TYPES
+from feedback_transformers.models.feedback_names import BIDIRECTIONAL_TYPES, RETROFIT_TYPES
 
 LAYERS = 5
 GROUPED = {"num_key_value_heads": 2, "head_dim": 16}

@@ -15,8 +15,8 @@ from feedback_transformers import (
     FeedbackForTimeSeriesPrediction,
     FeedbackForTokenClassification,
 )
-from feedback_transformers.models.configuration_feedback import DIAGONAL_TYPES, RECURRENT_TYPES
 from feedback_transformers.models.feedback_gradients import DeferredWeightGradients, Ledger
+from feedback_transformers.models.feedback_names import DIAGONAL_TYPES, RECURRENT_TYPES
 
 TIME = {"feedback_axis": "time"}
 BLOCKS = {**TIME, "solver": "gauss_seidel"}

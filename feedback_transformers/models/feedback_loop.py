@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .configuration_feedback import RECURRENT_TYPES, FeedbackConfig
+from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context, FeedbackCache
 from .feedback_cells import State, make_cell
 from .feedback_connections import CONNECTIONS
 from .feedback_gradients import DeferredWeightGradients
 from .feedback_halting import HALTING, begin
 from .feedback_layers import CrossAttention, dropout
+from .feedback_names import RECURRENT_TYPES
 
 
 class Readout(NamedTuple):
@@ -150,12 +151,20 @@ class FeedbackLoop(nn.Module):
                 number = resume
         h = made[-1].h if progress is None or progress.mean is None else progress.mean
         y = readout.decode(h, context.at("decoder", "last"))
+        if passes == 1 and self.training:
+            y = y + self.unread()
         states, outputs = [*(p.h for p in made[:-1]), h], [*(p.y for p in made[:-1]), y]
         if progress is None:
             fixed = config.solver_tolerance is None
             return LoopOutput(states, outputs, None if fixed else torch.full_like(context.position_ids, steps))
         loss = self.halting.loss(progress, context.mask)
         return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss)
+
+    def unread(self) -> Tensor | float:
+        """Zero, with a gradient for the weights that only a second pass reads: DDP waits for that of each weight."""
+        parts = [] if self.halting is None else [*self.halting.parameters()]
+        weights = [*parts, getattr(self.cell, "layer_weights", None)]
+        return 0.0 * sum(p.sum() for p in weights if p is not None and p.requires_grad)
 
     @property
     def stops(self) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
@@ -30,6 +30,7 @@ from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
+from .feedback_files import check_sums, drop_sums, write_sums
 from .feedback_loop import FeedbackLoop, Readout
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -85,6 +86,21 @@ def check_download(folder: Path) -> int:
     return len(blobs)
 
 
+# What may be added to the body of a trained model, and so begins new; a head is outside of the body.
+ADDED = ("loop.halting.", "loop.cross_attention.")
+
+
+def check_whole(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Refuses a body with holes, which transformers would fill with random numbers and a warning."""
+    body = "" if isinstance(model, FeedbackModel) else f"{model.base_model_prefix}."
+    holes = sorted(key for key in missing if key.startswith(body) and not key.removeprefix(body).startswith(ADDED))
+    if holes:
+        raise ValueError(
+            f"The checkpoint lacks {len(holes)} weights of the model, such as {holes[0]}: copy it again; or give "
+            "ignore_mismatched_sizes=True, to begin with random ones."
+        )
+
+
 class FeedbackPreTrainedModel(PreTrainedModel):
     config: FeedbackConfig
     config_class = FeedbackConfig
@@ -99,19 +115,43 @@ class FeedbackPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; weights from the Hub that are not what the Hub announced are refused."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
+        """As in transformers, from safetensors alone: a pickle could run code.
+
+        Refused are weights that are not what was saved (SHA256SUMS), or what the Hub announced; and a checkpoint that
+        lacks weights of the body, unless `ignore_mismatched_sizes=True` says that they may be new, as those of a head.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(
+                "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
+            )
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            check_sums(folder)
+        wanted = kwargs.pop("output_loading_info", False)
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_whole(model, info["missing_keys"])
+        config = model.config
         revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")
         path = f"{kwargs.get('subfolder', '')}/{CONFIG_NAME}".lstrip("/")
         if not Path(config.name_or_path).is_dir():
             found = try_to_load_from_cache(config.name_or_path, path, kwargs.get("cache_dir"), revision)
             if isinstance(found, str):
                 check_download(Path(found).parent)
-        return loaded
+        return (model, info) if wanted else model
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; SHA256SUMS notes the weights, so that damage to them is seen."""
+        if is_main_process:
+            drop_sums(save_directory)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_sums(save_directory)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """What push_to_hub uploads; with a card where this is the package, rather than a checkpoint's copy of it."""
+        write_sums(working_dir)
         if __name__.startswith("feedback_transformers."):
             import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -1,0 +1,48 @@
+"""SHA256SUMS: what the files of weights in a folder were when they were saved, in the format of `sha256sum`.
+
+safetensors has no checksum of its own: a bit that flipped on a disk or in a copy would load as another weight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+SUMS = "SHA256SUMS"
+WEIGHTS = "model*.safetensors"
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while chunk := content.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def drop_sums(folder: str | Path) -> None:
+    """Before files are written over, so that a crash on the way leaves none that are wrong."""
+    (Path(folder) / SUMS).unlink(missing_ok=True)
+
+
+def write_sums(folder: str | Path) -> None:
+    """Notes the weights in `folder`; without any, as where only adapters are saved, there is nothing to note."""
+    files = sorted(Path(folder).glob(WEIGHTS))
+    lines = [f"{sha256(file)}  {file.name}\n" for file in files]
+    if lines:
+        (Path(folder) / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def check_sums(folder: str | Path) -> None:
+    """Compares the weights in `folder` with what was noted, if anything was."""
+    sums = Path(folder) / SUMS
+    if not sums.is_file():
+        return
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        noted, _, name = line.partition("  ")
+        file = Path(folder) / name
+        if file.parent == Path(folder) and file.is_file() and sha256(file) != noted:
+            raise OSError(
+                f"{file} is not the file that was saved, its SHA-256 is not the one in {SUMS}: copy it again, or "
+                f"delete {SUMS} if you changed it on purpose."
+            )

@@ -1,0 +1,65 @@
+"""The names that fields of FeedbackConfig may have, and what transformers calls them."""
+
+from typing import Any
+
+EMBEDDING_TYPES = ("tokens", "patches", "values")
+ENCODER_TYPES = ("transformer", "rnn", "cnn")
+FEEDBACK_TYPES = ("mlp", "gru", "lstm", "diagonal_gru", "min_gru", "conv", "transformer")
+RECURRENT_TYPES = ("gru", "lstm", "diagonal_gru", "min_gru")
+DIAGONAL_TYPES = ("diagonal_gru", "min_gru")  # no channel reads another's state
+DECODER_TYPES = ("mlp", "rnn", "transformer")
+BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "gpt2")
+BIDIRECTIONAL_TYPES = ("bert", "roberta")
+# A retrofit keeps all of a model, so that its layers need not be alike.
+RETROFIT_TYPES = (*BACKBONE_TYPES, "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", *BIDIRECTIONAL_TYPES)
+CHOICES = {
+    "embedding_type": EMBEDDING_TYPES,
+    "encoder_type": ENCODER_TYPES,
+    "feedback_type": FEEDBACK_TYPES,
+    "decoder_type": DECODER_TYPES,
+    "feedback_axis": ("time", "depth"),
+    "feedback_signal": ("state", "output", "none"),
+    "feedback_connection": ("gate", "add", "concat", "memory"),
+    "solver": ("sequential", "jacobi", "gauss_seidel", "newton"),
+    "supervision": ("last", "all"),
+    "halting": ("fixed", "converged", "learned", "act"),
+    "halting_measure": ("state", "prediction"),
+}
+
+# What the backbones call the fields of FeedbackConfig; where a name is missing here, it is the same.
+BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
+    "gpt2": {"intermediate_size": "n_inner", "hidden_act": "activation_function", "num_key_value_heads": None},
+    "gemma2": {"hidden_act": "hidden_activation"},
+    "gemma3_text": {"hidden_act": "hidden_activation"},
+    **{name: {"num_key_value_heads": None} for name in ("gpt_neox", *BIDIRECTIONAL_TYPES)},
+}
+# What a backbone's config says that is not of one of its layers.
+NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id", "num_hidden_layers", "n_layer", "layer_types")
+SHARED_WITH_BACKBONE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "initializer_range",
+)
+
+
+def model_type_of(backbone: Any, known: tuple[str, ...] = BACKBONE_TYPES) -> str:
+    """The family that a backbone_config, as a dictionary, is of."""
+    if not isinstance(backbone, dict) or not all(isinstance(name, str) for name in backbone):
+        raise ValueError(
+            f"backbone_config is {backbone!r}; give the name of a family, a dictionary or a config of transformers."
+        )
+    model_type = backbone.get("model_type", "llama")
+    if model_type not in known:
+        raise ValueError(f"Unknown backbone {model_type!r}; choose one of {', '.join(known)}.")
+    return model_type
+
+
+def shared_names(model_type: str) -> dict[str, str]:
+    """Our name -> the backbone's, of the fields that both configs have."""
+    names = BACKBONE_NAMES.get(model_type, {})
+    both = {name: names.get(name, name) for name in SHARED_WITH_BACKBONE}
+    return {ours: theirs for ours, theirs in both.items() if theirs is not None}

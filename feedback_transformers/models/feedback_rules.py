@@ -1,0 +1,282 @@
+"""What a FeedbackConfig may not say: `check` refuses it with a sentence that says what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .feedback_names import BIDIRECTIONAL_TYPES, CHOICES, DIAGONAL_TYPES, RECURRENT_TYPES, shared_names
+
+LARGEST = 2**31  # no dimension of a tensor, and no number of steps, comes near
+AT_LEAST = {
+    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 0),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 1),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_feedback_layers", "conv_kernel_size"), 1),
+    **dict.fromkeys(("feedback_interval", "num_feedback_steps", "solver_steps", "solver_block_size"), 1),
+    **dict.fromkeys(("patch_size", "image_size", "num_channels", "prediction_length"), 1),
+}
+LARGEST_WEIGHT = 1000  # of anything that is multiplied; far beyond, float32 ends in nan
+WEIGHTS = ("feedback_noise", "initializer_range", "halting_weight")
+
+
+def check(config: Any) -> None:
+    """Raises ValueError for the first rule that `config`, a FeedbackConfig, breaks."""
+    for rule in (numbers, labels, backbones, combinations, solvers, haltings, memories, modalities, retrofits):
+        refuse(rule(config))
+
+
+def check_sizes(config: Any, model_type: str) -> None:
+    """Those that the config of a backbone is made of, so that this comes before all other rules."""
+    refuse(sizes(config, model_type))
+
+
+def check_given(config: Any, others: dict[str, Any]) -> None:
+    """What transformers would stumble over; `others` are its arguments that are not fields."""
+    refuse(given(config, others))
+
+
+def refuse(sentences: Iterator[str]) -> None:
+    for sentence in sentences:
+        raise ValueError(sentence)
+
+
+def whole(name: str, value: Any, least: int = 1) -> Iterator[str]:
+    if not isinstance(value, int) or isinstance(value, bool):
+        yield f"{name} is {value!r}; it must be a whole number."
+    elif value < least:
+        yield f"{name} is {value}; it must be " + (f"at least {least}." if least else "0 or more.")
+    elif value >= LARGEST:
+        yield f"{name} is {value}; it must be below {LARGEST}."
+
+
+def sizes(config: Any, model_type: str) -> Iterator[str]:
+    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+        yield from whole(name, getattr(config, name))
+    hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if hidden % heads:
+        yield f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})."
+    elif (hidden // heads) % 2 and model_type != "gpt2":
+        yield (
+            f"hidden_size / num_attention_heads is {hidden // heads}; rotary positions need an even number: "
+            "change either."
+        )
+    if heads % groups:
+        yield f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})."
+
+
+def numbers(config: Any) -> Iterator[str]:
+    yield from whole("format_version", config.format_version)
+    if config.format_version > 1:
+        yield (
+            f"This checkpoint has format_version {config.format_version} and this feedback_transformers reads 1: "
+            "upgrade feedback_transformers."
+        )
+    for name, known in CHOICES.items():
+        if getattr(config, name) not in known:
+            yield f"Unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}."
+    if config.hidden_act != "rrelu" and config.hidden_act not in ACT2FN:
+        yield f"Unknown hidden_act {config.hidden_act!r}; choose rrelu or one of {', '.join(ACT2FN)}."
+    for name, least in AT_LEAST.items():
+        yield from whole(name, getattr(config, name), least)
+    if config.gradient_steps is not None and config.gradient_steps < 1:
+        yield f"gradient_steps is {config.gradient_steps}; give at least 1, or None for all steps."
+    # Comparisons in this direction refuse nan too.
+    for name in WEIGHTS:
+        value = getattr(config, name)
+        if not 0 <= value <= LARGEST_WEIGHT:
+            yield f"{name} is {value}; it must be 0 or more, and at most {LARGEST_WEIGHT}."
+    for name in ("solver_tolerance", "halting_threshold"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value <= LARGEST_WEIGHT:
+            yield f"{name} is {value}; it must be above 0 and at most {LARGEST_WEIGHT}, or None."
+    if not 0 < config.halting_prior < 1:
+        yield f"halting_prior is {config.halting_prior}; it must be above 0 and below 1."
+    if not 0 <= config.dropout < 1:
+        yield f"dropout is {config.dropout}; it must be at least 0 and below 1."
+
+
+def labels(config: Any) -> Iterator[str]:
+    names = config.id2label
+    if names is not None and sorted(names) != list(range(len(names))):
+        yield f"id2label names the classes {list(names)[:5]}; it must name 0 to {len(names) - 1}."
+    used = ["pad_token_id", "decoder_start_token_id"] if config.is_encoder_decoder else ["pad_token_id"]
+    for name in used:
+        token = getattr(config, name)
+        if token is not None and not 0 <= token < config.vocab_size:
+            yield f"{name} is {token}; it must be at least 0 and below vocab_size, {config.vocab_size}."
+
+
+def backbones(config: Any) -> Iterator[str]:
+    """What the configs of transformers do not check."""
+    backbone = config.backbone_config
+    head_dim, window = getattr(backbone, "head_dim", None), getattr(backbone, "sliding_window", None)
+    if head_dim is not None:
+        yield from whole("head_dim of backbone_config", head_dim)
+        if head_dim % 2:
+            yield f"head_dim of backbone_config is {head_dim}; rotary positions need an even number."
+    if window is not None:
+        yield from whole("sliding_window of backbone_config", window)
+    rope = getattr(backbone, "rope_parameters", None) or {}
+    for parameters in (
+        rope,
+        *(each for each in rope.values() if isinstance(each, dict)),
+    ):  # one for each kind of layer
+        kind = parameters.get("rope_type", "default")
+        if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+            yield f"Unknown rope_type {kind!r} in backbone_config; choose default or {', '.join(ROPE_INIT_FUNCTIONS)}."
+
+
+def combinations(config: Any) -> Iterator[str]:
+    for ours, theirs in shared_names(config.backbone_config.model_type).items():
+        here, there = getattr(config, ours), getattr(config.backbone_config, theirs, None)
+        if there is not None and here != there:
+            yield f"{ours} is {here!r} here and {there!r} in backbone_config: set both to the same."
+    if config.shared_step_cache and (config.feedback_axis, config.feedback_type) != ("depth", "transformer"):
+        yield (
+            "shared_step_cache is for the keys and values of passes: it needs feedback_axis='depth' and "
+            "feedback_type='transformer'."
+        )
+    if config.feedback_interval > 1 and config.feedback_axis == "depth":
+        yield "feedback_interval counts positions, so it needs feedback_axis='time'; set it to 1."
+    if (
+        config.feedback_signal == "output"
+        and config.feedback_axis == "time"
+        and config.decoder_type != "mlp"
+        and not config.is_causal
+    ):
+        yield (
+            "feedback_signal='output' along the positions needs a prediction that reads no later ones: set "
+            "is_causal=True, feedback_axis='depth' or decoder_type='mlp'."
+        )
+    both = (config.encoder_type, config.num_encoder_layers) == (config.decoder_type, config.num_decoder_layers)
+    if config.share_encoder_decoder and not both:
+        yield "share_encoder_decoder needs encoder_type = decoder_type and num_encoder_layers = num_decoder_layers."
+    if config.share_encoder_decoder and config.is_encoder_decoder:
+        yield (
+            "share_encoder_decoder does not go with is_encoder_decoder, whose encoder reads another text: "
+            "set one of them to False."
+        )
+    if config.is_encoder_decoder and not config.is_causal:
+        yield "is_encoder_decoder writes its target from left to right; set is_causal=True."
+
+
+def solvers(config: Any) -> Iterator[str]:
+    if config.solver != "sequential" and config.feedback_axis == "depth":
+        yield f"solver={config.solver!r} is for feedback_axis='time'; in depth use 'sequential', pass by pass."
+    if config.solver_tolerance is not None and config.feedback_axis == "depth":
+        yield "solver_tolerance is for the solvers of feedback_axis='time'; in depth use halting='converged'."
+    if config.solver == "newton" and (config.feedback_type not in DIAGONAL_TYPES or config.feedback_signal != "none"):
+        yield (
+            "solver='newton' solves recurrences of single channels: it needs feedback_signal='none' and a "
+            f"feedback_type out of {', '.join(DIAGONAL_TYPES)}."
+        )
+
+
+def haltings(config: Any) -> Iterator[str]:
+    halting = config.halting
+    if halting == "fixed":
+        return
+    learned = halting in ("learned", "act")
+    if learned and (config.halting_threshold or 0) > 1:
+        yield (
+            f"halting_threshold is {config.halting_threshold}; halting={halting!r} compares it with a "
+            "probability: give at most 1."
+        )
+    if config.feedback_signal == "none" or not config.in_passes or config.solver == "gauss_seidel":
+        yield (
+            f"halting={halting!r} stops passes: it needs feedback to them, on feedback_axis='depth' or with "
+            "solver='jacobi'."
+        )
+    if config.feedback_axis == "time" and config.feedback_type in RECURRENT_TYPES:
+        yield (
+            f"halting={halting!r} can't stop a position that a recurrence along time goes through: use "
+            "feedback_axis='depth' or another feedback_type."
+        )
+    if config.is_causal and config.feedback_type == "conv":
+        yield (
+            f"halting={halting!r} does not go with causal convolutions in the loop: use "
+            "feedback_type='transformer', or 'mlp'."
+        )
+    in_loop = config.feedback_signal == "output" or config.halting_measure == "prediction"
+    if config.is_causal and config.decoder_type == "rnn" and in_loop:
+        yield f"halting={halting!r} with a decoder in the loop needs decoder_type='mlp' or 'transformer'."
+    if learned and config.halting_measure != "state":
+        yield f"halting={halting!r} reads the state; halting_measure='prediction' is for 'converged'."
+    if learned and (config.gradient_steps is not None or config.supervision != "last"):
+        why = {"learned": "weighs the loss of every pass itself", "act": "reads the mean of all passes"}[halting]
+        yield f"halting={halting!r} {why}: use gradient_steps=None and supervision='last'."
+
+
+def memories(config: Any) -> Iterator[str]:
+    if config.feedback_connection != "memory":
+        return
+    if (
+        (config.feedback_type, config.feedback_axis) != ("transformer", "time")
+        or config.solver not in ("sequential", "jacobi")
+        or config.halting != "fixed"
+    ):
+        yield (
+            "feedback_connection='memory' needs feedback_type='transformer', feedback_axis='time', "
+            "solver='sequential' or 'jacobi', and halting='fixed'."
+        )
+    if config.backbone_config.model_type == "gpt2":
+        yield (
+            "feedback_connection='memory' needs a backbone with separate key and value projections: "
+            "use a Llama-shaped backbone_config instead of gpt2."
+        )
+    if config.feedback_interval > 1:
+        yield "feedback_connection='memory' is written at every position; set feedback_interval=1."
+    if config.feedback_signal == "output":
+        yield "feedback_connection='memory' feeds back layer states; use feedback_signal='state'."
+
+
+def modalities(config: Any) -> Iterator[str]:
+    if config.embedding_type != "patches":
+        return
+    if config.image_size % config.patch_size:
+        yield f"image_size ({config.image_size}) must be a multiple of patch_size ({config.patch_size})."
+    if config.num_patches > config.max_position_embeddings:
+        yield f"{config.num_patches} patches need max_position_embeddings >= {config.num_patches}."
+
+
+def retrofits(config: Any) -> Iterator[str]:
+    if config.retrofitted_from is None:
+        return
+    family, there = config.backbone_config.model_type, config.backbone_config.num_hidden_layers
+    layers = (config.num_encoder_layers, config.num_feedback_layers, config.num_decoder_layers)
+    if sum(layers) != there:
+        yield (
+            f"{' + '.join(map(str, layers))} layers are not the {there} of the retrofitted model: change "
+            "num_encoder_layers, num_feedback_layers or num_decoder_layers."
+        )
+    if (
+        {config.encoder_type, config.feedback_type, config.decoder_type} != {"transformer"}
+        or config.feedback_connection == "memory"
+        or config.share_encoder_decoder
+        or config.is_encoder_decoder
+    ):
+        yield (
+            "A retrofitted model is made of its own layers: it needs encoder_type, feedback_type and decoder_type "
+            "'transformer', another feedback_connection than 'memory', no shared or separate encoder."
+        )
+    if config.is_causal != (family not in BIDIRECTIONAL_TYPES):
+        yield f"A retrofitted {family} can't have is_causal={config.is_causal}."
+    if not config.is_causal and config.feedback_axis == "time":
+        yield (
+            f"A retrofitted {family} reads both sides, and feedback from the position before only one: use "
+            "feedback_axis='depth'."
+        )
+
+
+def given(config: Any, others: dict[str, Any]) -> Iterator[str]:
+    dtype, count, names = config.dtype, others.get("num_labels"), config.id2label
+    if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        yield f"Unknown dtype {dtype!r}; give the name of one of torch, such as float32."
+    if count is not None:
+        yield from whole("num_labels", count)
+    if names is not None and not (names and all(str(key).isdigit() for key in names)):
+        yield "id2label must name each class by its number, and at least one."
