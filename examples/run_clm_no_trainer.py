@@ -16,7 +16,7 @@ from typing import Any
 import run_clm
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import default_data_collator, get_scheduler
@@ -88,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     output = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_config=DataLoaderConfiguration(
+            use_seedable_sampler=True
+        ),  # an epoch has its order after a restart too
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
