@@ -32,6 +32,7 @@ HEADS: dict[str, type[FeedbackPreTrainedModel]] = {
     "ForSequenceClassification": FeedbackForSequenceClassification,
     "Model": FeedbackModel,
 }
+AUTOS = (transformers.AutoModel, transformers.AutoModelForCausalLM)  # where the config names none
 KEPT = ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings", "id2label", "label2id", "problem_type")
 
 
@@ -138,10 +139,10 @@ def load(name: str | Path) -> PreTrainedModel:
     default = "AutoModel" if config.model_type in BIDIRECTIONAL_TYPES else "AutoModelForCausalLM"
     names = config.architectures or [default]
     found = getattr(transformers, names[0], None)
-    if len(names) > 1 or not (isinstance(found, type) and hasattr(found, "from_pretrained")):
+    if len(names) > 1 or not (found in AUTOS or isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
-            f"The config names {', '.join(names)}, which is not one class of transformers: load the model yourself, "
-            "and give it to retrofit."
+            f"The config names {', '.join(names)}, which is not one class of a model of transformers: load the model "
+            "yourself, and give it to retrofit."
         )
     return found.from_pretrained(name, use_safetensors=True)  # as a pickle could run code
 

@@ -63,7 +63,7 @@ def sane(config: FeedbackConfig) -> None:
     for name, value in vars(config).items():
         if isinstance(value, float | int) and name in FIELDS:
             assert math.isfinite(value) and abs(value) < 1e10, (name, value)
-            assert value >= 0 or name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"), (name, value)
+            assert value >= 0 or name in ("bos_token_id", "eos_token_id"), (name, value)
     assert config.num_labels >= 1 and isinstance(config.backbone_config, PreTrainedConfig)
 
 
@@ -71,8 +71,9 @@ def refused_well(error: Exception) -> None:
     """One sentence that names a field or a head, and no crash of somebody else's code."""
     sentence = str(error)
     words = set(re.findall(r"\w+", sentence))
-    assert words & FIELDS or "backbone" in sentence, sentence
-    assert len(sentence) < 700 and (sentence.count("\n") == 0 or isinstance(error, StrictDataclassError)), sentence
+    if not isinstance(error, StrictDataclassError):  # which names the field, on a line of its own
+        assert words & FIELDS or "backbone" in sentence, sentence
+        assert len(sentence) < 700 and "\n" not in sentence, sentence
 
 
 def inputs_of(model) -> tuple[dict, dict]:
@@ -86,7 +87,8 @@ def inputs_of(model) -> tuple[dict, dict]:
         return {"past_values": series}, {
             "future_values": torch.randn(2, config.prediction_length, config.num_channels)
         }
-    ids = torch.randint(config.vocab_size, (2, LENGTH))
+    # Not the padding: unmasked, its zeros stay zeros, where the gradient of a norm is a thousand times what it gets.
+    ids = (torch.randint(config.vocab_size - 1, (2, LENGTH)) + 1 + (config.pad_token_id or 0)) % config.vocab_size
     if head is FeedbackForConditionalGeneration:
         return {"input_ids": ids, "decoder_input_ids": ids}, {"labels": ids}
     if head is FeedbackForSequenceClassification:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from base64 import urlsafe_b64encode
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -18,6 +20,7 @@ PACKAGES = {
 }
 # Installing this one drops the file that is needed, so its source archive is kept as it is.
 ARCHIVES = {"vaderSentiment": "0.5"}  # MIT
+SHA256 = {"vaderSentiment": "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"}  # of the archive
 
 
 def installed_version(package: str) -> str | None:
@@ -37,10 +40,17 @@ def find(package: str, path: str) -> Path | None:
 
 
 def file(package: str, path: str) -> Path:
-    """The file or folder `path` of one of PACKAGES."""
+    """The file or folder `path` of one of PACKAGES, as pip installed it."""
     found = find(package, path)
     if found is None:
         raise _missing(f"{package}=={PACKAGES[package]}")
+    for entry in distribution(package).files or []:  # of pip's RECORD, with the SHA-256 of each
+        name = entry.as_posix()
+        if entry.hash is not None and (name == path or name.startswith(f"{path}/")):
+            known = urlsafe_b64encode(_sha256(Path(str(entry.locate())))).decode().rstrip("=")
+            if known != entry.hash.value:
+                command = f"python -m pip install --force-reinstall --no-deps {package}=={installed_version(package)}"
+                raise _damaged(name, f"run `{command}`")
     return found
 
 
@@ -49,6 +59,8 @@ def archive(package: str) -> Path:
     found = archive_path(package)
     if not found.exists():
         raise _missing(f"the source archive of {package}=={ARCHIVES[package]}")
+    if _sha256(found).hex() != SHA256[package]:
+        raise _damaged(str(found), f"delete it and run `python -m {__package__}`")
     return found
 
 
@@ -60,6 +72,14 @@ def archive_path(package: str) -> Path:
 def cache_directory() -> Path:
     """$FEEDBACK_TRANSFORMERS_CACHE, or else ~/.cache/feedback_transformers."""
     return Path(os.environ.get("FEEDBACK_TRANSFORMERS_CACHE") or "~/.cache/feedback_transformers").expanduser()
+
+
+def _sha256(path: Path) -> bytes:
+    return hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest()
+
+
+def _damaged(name: str, remedy: str) -> ValueError:
+    return ValueError(f"{name} is damaged, its SHA-256 is another one: {remedy}.")
 
 
 def _missing(what: str) -> ImportError:

@@ -48,7 +48,7 @@ def whole(name: str, value: Any, least: int = 1) -> Iterator[str]:
     if not isinstance(value, int) or isinstance(value, bool):
         yield f"{name} is {value!r}; it must be a whole number."
     elif value < least:
-        yield f"{name} is {value}; it must be " + (f"at least {least}." if least else "0 or more.")
+        yield f"{name} is {value}; it must be " + ("0 or more." if least == 0 else f"at least {least}.")
     elif value >= LARGEST:
         yield f"{name} is {value}; it must be below {LARGEST}."
 
@@ -103,11 +103,15 @@ def labels(config: Any) -> Iterator[str]:
     names = config.id2label
     if names is not None and sorted(names) != list(range(len(names))):
         yield f"id2label names the classes {list(names)[:5]}; it must name 0 to {len(names) - 1}."
-    used = ["pad_token_id", "decoder_start_token_id"] if config.is_encoder_decoder else ["pad_token_id"]
-    for name in used:
+    for name in ("pad_token_id", "decoder_start_token_id"):
         token = getattr(config, name)
         if token is not None and not 0 <= token < config.vocab_size:
             yield f"{name} is {token}; it must be at least 0 and below vocab_size, {config.vocab_size}."
+    for name in ("bos_token_id", "eos_token_id"):  # of an original, they may be outside of a smaller vocabulary
+        tokens = getattr(config, name)
+        for token in tokens if isinstance(tokens, list) else [tokens]:
+            if token is not None:
+                yield from whole(name, token, -1)
 
 
 def backbones(config: Any) -> Iterator[str]:
