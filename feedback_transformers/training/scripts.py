@@ -100,6 +100,7 @@ class DataArguments:
 
 def _load_files(files: dict[str, str]) -> DatasetDict:
     from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     dataset = DatasetDict()
     for split, name in files.items():
@@ -119,10 +120,11 @@ def _load_files(files: dict[str, str]) -> DatasetDict:
             options = {"sep": "\t"}
         try:
             dataset[split] = load_dataset(BUILDERS[ending], data_files=name, split="train", **options)
-        except ValueError as error:
+        except (ValueError, DatasetGenerationError) as error:
             if "corresponds to no data" in str(error):  # a csv file with a header alone
                 raise ValueError(f"{name} has no examples: there is nothing to learn from.") from None
-            raise
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise ValueError(f"{name} can't be read as {BUILDERS[ending]}, it may be damaged: {reason}") from error
     return dataset
 
 
