@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
 
 FILE = RESULTS / "scaling.jsonl"
 FLOAT, HALF = 4, 2  # bytes
+COLLECTIVES = cast(Any, dist)
 
 
 # The formulas
@@ -69,36 +70,51 @@ def activations(config: FeedbackConfig, tokens: int, passes: int, checkpointing:
     loop too, and what one pass needs is made when its turn comes; from 16 passes on they are kept in segments."""
     d, m, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     kv = d // heads * (config.num_key_value_heads or heads)
-    layer = 8 * d + 2 * kv + 4 * m  # norms 6 d, query and what attention gives 2 d, keys and values, gated MLP
-    one_pass = config.num_feedback_layers * layer + 7 * d  # and the connection
+    norms = 2 * d * (FLOAT + 2 * width)  # they compute in float32
+    layer = norms + width * (2 * d + 2 * kv + 4 * m)  # query and output of attention, keys and values, gated MLP
+    one_pass = config.num_feedback_layers * layer + width * 7 * d  # and the connection
     layers, readouts = applied(config, passes)
     outer = layers - passes * config.num_feedback_layers
     logits = readouts * 2 * config.vocab_size * FLOAT  # and their softmax, in float32 always
     if not checkpointing:
-        return tokens * (width * (passes * one_pass + outer * layer) + logits)
-    return tokens * (width * (passes * d + outer * d + max(one_pass, layer)) + logits)
+        return tokens * (passes * one_pass + outer * layer + logits)
+    return tokens * (width * (passes + outer) * d + max(one_pass, layer) + logits)
 
 
-def states(config: FeedbackConfig, processes: int, sharded: bool) -> dict[str, float]:
-    """Bytes on each process: weights, gradients and AdamW's two moments in float32; sharded, each has its part, and
-    the largest unit, the loop, stands whole in bfloat16 with its gradient while it runs."""
+ENGINES = {
+    "ddp": "the whole model everywhere, gradients reduced once",
+    "fsdp": "in shards; the weights are gathered once, and kept until the backward (reshard_after_forward: false)",
+    "fsdp, loop": "the same, but the loop, a unit, is gathered again for its backward (reshard_after_forward: true)",
+    "fsdp, layers": "each layer is a unit: those of the loop are gathered at every pass, forward and backward",
+}
+
+
+def states(config: FeedbackConfig, processes: int, engine: str) -> dict[str, float]:
+    """Bytes on each process: weights, gradients and AdamW's two moments in float32; in shards, a part of them, and
+    whole in bfloat16 the weights and gradients of the units at work, those of the loop until its backward is done."""
     size = parameters(config)
-    part = processes if sharded else 1
+    part = 1 if engine == "ddp" else processes
     kept = {"weights": FLOAT, "gradients": FLOAT, "optimizer": 2 * FLOAT}
-    gathered = (HALF + FLOAT) * size["loop"] if sharded else 0
-    return {**{name: count * size["all"] / part for name, count in kept.items()}, "gathered": gathered}
+    rest = size["all"] - config.num_feedback_layers * size["layer"]
+    outer = config.num_encoder_layers + config.num_decoder_layers
+    weights = rest - (outer - 1) * size["layer"] if engine == "fsdp, layers" else size["all"]
+    gradients = 0 if engine == "ddp" else size["all"] - rest + size["layer"]
+    whole = HALF * (weights + gradients)  # DDP has the copies that autocast makes of the weights
+    return {**{name: count * size["all"] / part for name, count in kept.items()}, "whole": whole}
 
 
 def communication(config: FeedbackConfig, processes: int, engine: str, passes: int, width: int = FLOAT) -> float:
-    """Bytes that each process sends in a step, by rings. `engine`: "ddp" reduces all gradients once; "fsdp" gathers
-    each unit forward and backward and scatters its gradients once, with the loop as one unit; in "fsdp, layers" a unit
-    is a layer, and those of the loop are gathered at each pass. `width` of the weights that travel."""
+    """Bytes that each process sends for a forward and a backward, by rings; `width` of what FSDP sends."""
     size, ring = parameters(config), (processes - 1) / processes
     if engine == "ddp":
         return 2 * ring * FLOAT * size["all"]
-    looped = config.num_feedback_layers * size["layer"] if engine == "fsdp, layers" else 0
-    gathered = 2 * (size["all"] - looped + passes * looped)
-    return ring * (width * gathered + FLOAT * size["all"])
+    outer = (config.num_encoder_layers + config.num_decoder_layers) * size["layer"]
+    again = {
+        "fsdp": 0,
+        "fsdp, loop": size["loop"],
+        "fsdp, layers": outer + (2 * passes - 1) * config.num_feedback_layers * size["layer"],
+    }
+    return ring * width * (2 * size["all"] + again[engine])  # gathered, and the gradients scattered
 
 
 def seconds(work: float, rate: float, sent: float = 0.0, bandwidth: float = 1.0) -> float:
@@ -112,12 +128,12 @@ WIDTHS = (64, 128, 256, 512)
 ROWS, LENGTH, PASSES, PROCESSES = 4, 128, 4, 2
 
 
-def small(width: int, **fields: Any) -> FeedbackConfig:
+def small(width: int) -> FeedbackConfig:
     """One layer before the loop, two in it, one behind it."""
-    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 32}
-    layers = {"num_encoder_layers": 1, "num_feedback_layers": 2, "num_decoder_layers": 1}
-    fields = {"vocab_size": 256, "num_feedback_steps": PASSES, "max_position_embeddings": LENGTH, **fields}
-    return FeedbackConfig(**sizes, **layers, **fields)
+    fields: dict[str, Any] = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 32}
+    fields |= {"num_encoder_layers": 1, "num_feedback_layers": 2, "num_decoder_layers": 1}
+    fields |= {"vocab_size": 256, "num_feedback_steps": PASSES, "max_position_embeddings": LENGTH}
+    return FeedbackConfig(**fields)
 
 
 def cpu_seconds(step: Any, rounds: int = 5) -> float:
@@ -131,9 +147,9 @@ def cpu_seconds(step: Any, rounds: int = 5) -> float:
 
 
 def measure(width: int) -> dict[str, Any]:
-    """One size, beside what the formulas say."""
+    """One size on this machine: parameters, operations, peak bytes of a step beyond the weights, and CPU seconds."""
     torch.manual_seed(0)
-    config, tokens = small(width), ROWS * LENGTH
+    config = small(width)
     ids = torch.randint(0, config.vocab_size, (ROWS, LENGTH))
     model = FeedbackForCausalLM(config).train()
 
@@ -141,29 +157,39 @@ def measure(width: int) -> dict[str, Any]:
         model.zero_grad()
         model(ids, labels=ids, use_cache=False).loss.backward()
 
-    taken = cpu_seconds(step)
-    model.zero_grad()
-    gradients = FLOAT * parameters(config)["all"]
-    memory = {"activations": (peak_bytes(step), activations(config, tokens, PASSES, False) + gradients)}
-    model.gradient_checkpointing_enable()
-    model.zero_grad()
-    memory["checkpointed"] = (peak_bytes(step), activations(config, tokens, PASSES, True) + gradients)
-    model.gradient_checkpointing_disable()
+    def peak() -> int:
+        model.zero_grad()
+        return peak_bytes(step)
+
+    measured: dict[str, Any] = {"width": width, "parameters": model.num_parameters()}
+    measured["seconds"] = cpu_seconds(step)
+    measured["memory"] = peak()
     with FlopCounterMode(display=False) as counted, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
         step()
-    x, product = torch.randn(tokens, width, requires_grad=True), nn.Linear(width, 2 * width, bias=False)
-    rate = 3 * 2 * tokens * 2 * width**2 / cpu_seconds(lambda: product(x).sum().backward(), 20)
+    measured["flops"] = counted.get_total_flops()
+    model.activation_checkpointing_enable()
+    measured["checkpointed"] = peak()
+    model.activation_checkpointing_disable()
+    model.bfloat16()
+    measured["bfloat16"] = peak()
+    x, product = torch.randn(ROWS * LENGTH, width, requires_grad=True), nn.Linear(width, 2 * width, bias=False)
+    work = 3 * 2 * ROWS * LENGTH * 2 * width**2
+    measured["matmul rate"] = work / cpu_seconds(lambda: product(x).sum().backward(), 20)
+    return measured
+
+
+def formulas(width: int) -> dict[str, float]:
+    """What `measure` and `sent` should find."""
+    config, tokens = small(width), ROWS * LENGTH
+    count = parameters(config)["all"]
     return {
-        "width": width,
-        "parameters": (model.num_parameters(), parameters(config)["all"]),
-        "flops": (counted.get_total_flops(), flops(config, tokens, LENGTH, PASSES)),
-        **memory,
-        "seconds": taken,
-        "matmul rate": rate,
+        "parameters": count,
+        "flops": flops(config, tokens, LENGTH, PASSES),
+        "memory": activations(config, tokens, PASSES, False) + FLOAT * count,
+        "checkpointed": activations(config, tokens, PASSES, True) + FLOAT * count,
+        "bfloat16": activations(config, tokens, PASSES, False, HALF) + HALF * count,
+        **{engine: communication(config, PROCESSES, engine, PASSES) for engine in ENGINES},
     }
-
-
-ENGINES = ("ddp", "fsdp", "fsdp, layers")
 
 
 def sent() -> dict[str, list[float]]:
@@ -184,11 +210,11 @@ class Counted:
 
     def __init__(self) -> None:
         self.bytes, self.ring = 0.0, (PROCESSES - 1) / PROCESSES
-        self.gather, self.scatter = dist.all_gather_single, dist.reduce_scatter_single
-        dist.all_gather_single, dist.reduce_scatter_single = self.gathered, self.scattered
+        self.gather, self.scatter = COLLECTIVES.all_gather_single, COLLECTIVES.reduce_scatter_single
+        COLLECTIVES.all_gather_single, COLLECTIVES.reduce_scatter_single = self.gathered, self.scattered
 
     def stop(self) -> float:
-        dist.all_gather_single, dist.reduce_scatter_single = self.gather, self.scatter
+        COLLECTIVES.all_gather_single, COLLECTIVES.reduce_scatter_single = self.gather, self.scatter
         return self.bytes
 
     def gathered(self, output: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -199,8 +225,8 @@ class Counted:
         self.bytes += self.ring * input.nbytes
         return self.scatter(output, input, *args, **kwargs)
 
-    def reduced(self, state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """A hook for DDP."""
+    def reduced(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """What DDP does itself: the mean over the processes."""
         self.bytes += 2 * self.ring * bucket.buffer().nbytes
         work: Any = dist.all_reduce(bucket.buffer().div_(PROCESSES), async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
@@ -219,12 +245,13 @@ def one_process(rank: int, port: int, queue: Any) -> None:
             counted = Counted()
             if engine == "ddp":
                 model = DistributedDataParallel(model)
-                model.register_comm_hook(None, counted.reduced)
+                model.register_comm_hook(None, lambda state, bucket, to=counted: to.reduced(bucket))
             else:
-                loop = model.model.loop
-                for unit in loop.cell.layers if engine == "fsdp, layers" else [loop]:
-                    fully_shard(unit, reshard_after_forward=True)
-                fully_shard(model, reshard_after_forward=True)
+                body = model.model
+                outer = [*body.encoder.layers, *body.decoder.layers, *body.loop.cell.layers]
+                for unit in outer if engine == "fsdp, layers" else [body.loop]:
+                    fully_shard(unit, reshard_after_forward=engine != "fsdp")
+                fully_shard(model)  # what is in no unit is kept
             model(ids, labels=ids, use_cache=False).loss.backward()
             found[engine].append(counted.stop())
     if rank == 0:
@@ -238,23 +265,21 @@ def run() -> list[dict[str, Any]]:
     travelled = sent()
     runs = []
     for i, width in enumerate(WIDTHS):
-        runs.append(measure(width))
-        formula = {engine: communication(small(width), PROCESSES, engine, PASSES) for engine in ENGINES}
-        runs[-1]["sent"] = {engine: (travelled[engine][i], formula[engine]) for engine in ENGINES}
+        runs.append({**measure(width), **{engine: travelled[engine][i] for engine in ENGINES}})
         append(FILE, {**runs[-1], "machine": machine(), "threads": 1})
     return runs
 
 
 def check(runs: list[dict[str, Any]]) -> None:
     """Prints what the formulas say as a share of what was measured."""
-    print("| width | parameters | flops | memory | with checkpointing | sent: " + " | ".join(ENGINES), end="")
-    print(" | CPU seconds | share of the rate of its products |\n|" + "---|" * 9)
+    names = list(formulas(WIDTHS[0]))
+    print(f"| width | {' | '.join(names)} | CPU seconds | of the rate of its products |")
+    print("|" + "---|" * (len(names) + 3))
     for run in runs:
-        pairs = [run[name] for name in ("parameters", "flops", "activations", "checkpointed")]
-        pairs += [run["sent"][engine] for engine in ENGINES]
-        shares = [f"{formula / measured:.3f}" for measured, formula in pairs]
-        share = run["flops"][1] / run["seconds"] / run["matmul rate"]
-        print(f"| {run['width']} | {' | '.join(shares)} | {run['seconds']:.3f} | {share:.2f} |")
+        expected = formulas(run["width"])
+        shares = [f"{expected[name] / run[name]:.3f}" for name in names]
+        rate = expected["flops"] / run["seconds"] / run["matmul rate"]
+        print(f"| {run['width']} | {' | '.join(shares)} | {run['seconds']:.3f} | {rate:.2f} |")
 
 
 # The plan
@@ -272,32 +297,28 @@ BANDWIDTH = 50e9  # bytes a second out of each device, between machines: an assu
 def planned(name: str) -> FeedbackConfig:
     encoder, loop, decoder = LAYERS[name]
     layers = {"num_encoder_layers": encoder, "num_feedback_layers": loop, "num_decoder_layers": decoder}
-    return FeedbackConfig(
-        vocab_size=32768, max_position_embeddings=4096, tie_word_embeddings=False, **layers, **SIZES[name]
-    )
+    fields: dict[str, Any] = {**layers, **SIZES[name], "max_position_embeddings": PLAN["length"]}
+    return FeedbackConfig(vocab_size=32768, tie_word_embeddings=False, **fields)
 
 
 def plan() -> None:
     """Prints, for each size and number of devices, memory and communication of each of them and the time of a step."""
     passes, length = PLAN["passes"], PLAN["length"]
     tokens = PLAN["rows on a device"] * length  # of a device at a time: the rest of the batch is accumulated
-    print("| model | parameters | devices | engine | states, GB | activations, GB | sent, GB | GPU seconds |")
-    print("|" + "---|" * 8)
+    print("| model | devices | engine | states, GB | activations, GB | sent in a step, GB | seconds of a step |")
+    print("|" + "---|" * 7)
     for name in SIZES:
         config = planned(name)
-        count = parameters(config)["all"]
         work = flops(config, PLAN["tokens in a batch"], length, passes, checkpointing=True)
         kept = activations(config, tokens, passes, True, HALF) / 1e9
         for devices in (8, 64, 512):
-            share = PLAN["tokens in a batch"] // tokens // devices
+            parts = PLAN["tokens in a batch"] // tokens // devices
             for engine in ENGINES:
-                held = sum(states(config, devices, engine != "ddp").values()) / 1e9
-                travels = (
-                    communication(config, devices, engine, passes, HALF) * (1 if engine == "ddp" else share) / 1e9
-                )
-                step = seconds(work / devices, PEAK * REACHED, 1e9 * travels, BANDWIDTH)
-                cells = [f"{count / 1e9:.2f}B", devices, engine, f"{held:.1f}", f"{kept:.1f}", f"{travels:.1f}"]
-                print("|", " | ".join(map(str, [name, *cells, f"{step:.2f}"])), "|")
+                held = sum(states(config, devices, engine).values()) / 1e9
+                travels = communication(config, devices, engine, passes, HALF) * (1 if engine == "ddp" else parts)
+                step = seconds(work / devices, PEAK * REACHED, travels, BANDWIDTH)
+                cells = [f"{held:.1f}", f"{kept:.1f}", f"{travels / 1e9:.1f}", f"{step:.2f}"]
+                print("|", " | ".join([name, str(devices), engine, *cells]), "|")
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 python examples/run_clm.py                                   # Shakespeare, character by character
 python examples/run_clm.py --tokenizer bpe --train_file my.txt --config_overrides hidden_size=256
 python examples/run_clm.py --model_name_or_path runs/clm --dataset_name python-docs --output_dir runs/more
+python examples/run_clm.py --streaming true --train_file my.txt --validation_file its_end.txt --max_steps 1000
 python examples/run_clm.py arguments.json
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -40,6 +41,7 @@ ARCHITECTURE = {
     "gradient_steps": 3,
 }
 SIZES = {"hidden_size": 128, "intermediate_size": 248, "num_attention_heads": 4, "tie_word_embeddings": False}
+TOKENIZER_ROWS = 10_000  # of a stream, that a new tokenizer is made of
 EMBEDDING_STD = 0.5  # with a readout of its own; a tied one needs small embeddings
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/clm",
@@ -85,17 +87,44 @@ class TextArguments(scripts.DataArguments):
     )
 
 
+@dataclass
+class StreamArguments(TextArguments):
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the text as training goes, for one too large to keep as tokens."}
+    )
+
+
+def stream_blocks(texts: IterableDatasetDict, tokenizer: PreTrainedTokenizerBase, text_args: TextArguments) -> Any:
+    """data.blocks of a stream: of each thousand rows, the tokens that don't fill a block are left out. Those of train
+    come in the order of a shuffling buffer, the same for every process and after a restart."""
+    size, column = text_args.block_size, text_args.text_column
+
+    def cut(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        tokens = [token for text in rows[column] for token in tokenizer(text)["input_ids"]]
+        cuts = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
+        return {"input_ids": cuts, "labels": cuts}
+
+    def limited(rows: IterableDataset, most: int | None) -> IterableDataset:
+        return rows if most is None else rows.take(most)
+
+    blocks = {name: rows.map(cut, batched=True, remove_columns=rows.column_names) for name, rows in texts.items()}
+    train = limited(blocks["train"], text_args.max_train_samples).shuffle(seed=0, buffer_size=1000)
+    return {"train": train, "validation": limited(blocks["validation"], text_args.max_eval_samples)}
+
+
 def prepare(
     model_args: scripts.ModelArguments, text_args: TextArguments
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, DatasetDict]:
     """The model, its tokenizer, and blocks of tokens. Also what the other examples of language models begin with."""
-    texts = text_args.load(shuffle=False)
+    streaming = getattr(text_args, "streaming", False)
+    texts: Any = text_args.stream() if streaming else text_args.load(shuffle=False)
     checkpoint, options = model_args.model_name_or_path, model_args.hub_options
     if checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
         model = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
     else:
-        train = texts["train"][text_args.text_column]
+        rows = texts["train"].take(TOKENIZER_ROWS) if streaming else texts["train"]
+        train = list(rows[text_args.text_column])
         if text_args.tokenizer == "characters":
             tokenizer = data.characters(train)
         elif text_args.tokenizer == "bpe":
@@ -108,6 +137,8 @@ def prepare(
         )
         if not model.config.tie_word_embeddings:
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    if streaming:
+        return model, tokenizer, stream_blocks(texts, tokenizer, text_args)
     blocks = data.blocks(texts, tokenizer, text_args.block_size, text_args.text_column)
     return model, tokenizer, text_args.limit(blocks)
 
@@ -120,11 +151,12 @@ def optimizer(model: torch.nn.Module, text_args: TextArguments, lr: float, weigh
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    types = (scripts.ModelArguments, TextArguments, TrainingArguments)
+    types = (scripts.ModelArguments, StreamArguments, TrainingArguments)
     model_args, text_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
     set_seed(training_args.seed)
     model, tokenizer, blocks = prepare(model_args, text_args)
-    print(f"{model.num_parameters():,} parameters, {len(blocks['train']):,} blocks of {text_args.block_size} tokens")
+    count = "a stream of" if text_args.streaming else f"{len(blocks['train']):,}"
+    print(f"{model.num_parameters():,} parameters, {count} blocks of {text_args.block_size} tokens")
 
     trainer = Trainer(
         model,

@@ -9,17 +9,25 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackForSequenceClassification, data
 from feedback_transformers.models.feedback_loop import FeedbackLoop
 from feedback_transformers.training import SampleFeedbackSteps, StopOnNonFinite
 
-ROWS, BATCH, STEPS = 47, 8, 50  # an epoch is five whole batches and one of 7 rows, 4 and 3 on two processes
+ROWS, STREAMED, BATCH, STEPS = (
+    47,
+    48,
+    8,
+    50,
+)  # an epoch is five whole batches and one of 7 rows, 4 and 3 on two processes
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "max_position_embeddings": 32}
 LAYERS = {"num_encoder_layers": 1, "num_feedback_layers": 2, "num_decoder_layers": 1}
 TIME = {"feedback_axis": "time"}
@@ -30,7 +38,8 @@ LAYER = ["LlamaDecoderLayer"]  # what FSDP shards as a unit, in place of the loo
 CASES = {
     "depth": {"feedback_type": "transformer", "supervision": "all", "SAMPLED": (1, 4), "CHECKPOINTED": True},
     "jacobi": {**JACOBI, "feedback_signal": "output", "supervision": "all", "SAMPLED": (1, 4), "ACCUMULATED": 2},
-    "sequential": {**TIME, "feedback_type": "transformer", "ACCUMULATED": 2, "CHECKPOINTED": True, "UNITS": LAYER},
+    "sequential": {**TIME, "feedback_type": "transformer", "ACCUMULATED": 2, "CHECKPOINTED": True},
+    "units": {**TIME, "feedback_type": "transformer", "UNITS": LAYER},
     "memory": {**JACOBI, "feedback_connection": "memory", "SAMPLED": (1, 3)},
     "halting": {"feedback_type": "transformer", "halting": "learned", "SAMPLED": (1, 3), "CHECKPOINTED": True},
     "classifier": {"feedback_type": "gru", "feedback_signal": "output", "CLASSIFIER": True, "SAMPLED": (1, 3)},
@@ -39,11 +48,11 @@ CASES = {
 }
 
 
-def texts() -> tuple:
+def texts(rows: int = ROWS) -> tuple:
     """Shakespeare in blocks of 16 characters, and their tokenizer."""
     plays = data.load("shakespeare")["validation"].select(range(1))
     tokenizer = data.characters(plays["text"])
-    return data.blocks(plays, tokenizer, block_size=16).select(range(ROWS)), tokenizer
+    return data.blocks(plays, tokenizer, block_size=16).select(range(rows)), tokenizer
 
 
 def sentences(tokenizer) -> Dataset:
@@ -140,12 +149,73 @@ def train(name: str, folder: Path, processes: int = 1, sharded: bool = False) ->
     return trainer
 
 
+STREAM_STEPS, SAVED = 9, 4  # of 4 rows for each of two processes: an epoch of 48 rows and a half
+
+
+def stream(name: str, folder: Path) -> None:
+    """Trains on a stream, and again from a checkpoint in mid-epoch; writes the rows that this process saw each time.
+
+    `dispatched`: the first process reads for all, which is accelerate's default. `sharded`: each reads shards of its
+    own. `split`: a loop of one's own over datasets' split by process, whose place is kept in its state.
+    """
+    rows = texts(STREAMED)[0].select_columns(["input_ids", "labels"]).to_iterable_dataset(num_shards=2)
+    run = stream_split if name == "split" else stream_trainer
+    whole, resumed = run(rows, folder / name, name, 0), run(rows, folder / name, name, SAVED)
+    rank = os.environ["RANK"]
+    (folder / f"{name}-{rank}.json").write_text(json.dumps({"whole": whole, "resumed": resumed}))
+
+
+def stream_trainer(rows: IterableDataset, folder: Path, name: str, done: int) -> list[list[list[int]]]:
+    seen: list[list[list[int]]] = []
+    torch.manual_seed(0)
+    model = FeedbackForCausalLM(FeedbackConfig(vocab_size=200, **SIZES, feedback_type="mlp"))
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=STREAM_STEPS,
+        per_device_train_batch_size=4,
+        save_steps=SAVED,
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        accelerator_config={"dispatch_batches": False} if name == "sharded" else {},
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows, data_collator=default_data_collator)
+    trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{done}") if done else None)
+    return seen
+
+
+def stream_split(rows: IterableDataset, folder: Path, name: str, done: int) -> list[list[list[int]]]:
+    accelerator = Accelerator(cpu=True)
+    mine = split_dataset_by_node(rows, accelerator.process_index, accelerator.num_processes)
+    state = folder / f"stream-{accelerator.process_index}.pt"  # a place of its own for each process
+    folder.mkdir(exist_ok=True)
+    if done:
+        mine.load_state_dict(torch.load(state))
+    seen, epoch = [], 0
+    while done + len(seen) < STREAM_STEPS:
+        mine.set_epoch(epoch)
+        for batch in DataLoader(mine, batch_size=4, collate_fn=default_data_collator):
+            seen.append(batch["input_ids"].tolist())
+            if done + len(seen) == SAVED:
+                torch.save(mine.state_dict(), state)
+            if done + len(seen) == STREAM_STEPS:
+                break
+        epoch += 1
+    return seen
+
+
 def main(folder: str, engine: str, *names: str) -> None:
     torch.set_num_threads(1)
     if engine == "fsdp":
         shard_on_cpu()
     for name in names:
-        train(name, Path(folder), int(os.environ["WORLD_SIZE"]), sharded=engine == "fsdp")
+        if engine == "stream":
+            stream(name, Path(folder))
+        else:
+            train(name, Path(folder), int(os.environ["WORLD_SIZE"]), sharded=engine == "fsdp")
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -1,5 +1,6 @@
 """Two processes train as one does: DDP, FSDP 2, streamed data; and the ready configs of accelerate."""
 
+import importlib
 import json
 import os
 import socket
@@ -16,11 +17,14 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import build
+from conftest import build, tokens
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "accelerate"
+from feedback_transformers import FeedbackForCausalLM, FeedbackForSequenceClassification, data
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CONFIGS = EXAMPLES / "accelerate"
 PROCESSES = 2
 
 
@@ -104,6 +108,94 @@ def test_all_cases(engine, alone, tmp_path):
     compare(engine, [name for name in worker.CASES if name not in QUICK[engine]], alone, tmp_path)
 
 
+# Streams
+
+
+def test_streams_have_no_repeats_and_no_gaps(tmp_path):
+    launch(tmp_path, "stream", "dispatched", "sharded", "split")
+    rows = worker.texts(worker.STREAMED)[0]["input_ids"]
+    for name in ("dispatched", "sharded", "split"):
+        both = [results(tmp_path, name, rank) for rank in range(PROCESSES)]
+        if name == "dispatched":  # the rows of a step, in order
+            first = [row for parts in zip(*(one["whole"] for one in both), strict=True) for p in parts for row in p]
+            assert first == (rows + rows)[: len(first)], name
+        else:
+            halves = [rows[:24], rows[24:]]
+            for one, half in zip(both, halves, strict=True):
+                seen = [row for batch in one["whole"] for row in batch]
+                assert seen == (half + half)[: len(seen)], name
+        for one in both:
+            assert len(one["whole"]) == worker.STREAM_STEPS
+            assert one["resumed"] == one["whole"][worker.SAVED :], f"{name}: goes on in the middle of an epoch"
+
+
+def test_a_streamed_text_has_the_blocks_of_the_loaded_one(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    run_clm = importlib.import_module("run_clm")
+    for name in ("train", "validation"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"line {i} of the {name} text\n" for i in range(200)))
+    files = {f"{name}_file": str(tmp_path / f"{name}.txt") for name in ("train", "validation")}
+    given = run_clm.StreamArguments(**files, block_size=16, streaming=True)
+    tokenizer = data.characters([given.load()["train"][0]["text"], *"0123456789validation"])
+    blocks = run_clm.stream_blocks(given.stream(), tokenizer, given)
+    loaded = data.blocks(given.load(), tokenizer, block_size=16)
+    assert [row["input_ids"] for row in blocks["validation"]] == loaded["validation"]["input_ids"][:]
+    shuffled = [row["input_ids"] for row in blocks["train"]]
+    assert shuffled != loaded["train"]["input_ids"][:]
+    assert sorted(shuffled) == sorted(loaded["train"]["input_ids"])
+    with pytest.raises(ValueError, match="A stream can't be split: give --train_file and --validation_file"):
+        run_clm.StreamArguments(train_file=files["train_file"]).stream()
+
+
+@pytest.mark.slow
+def test_the_example_on_two_processes_with_a_stream(tmp_path):
+    """From a checkpoint in mid-epoch too, with the losses of the whole run."""
+    flags = ["--smoke", "--streaming", "true", "--use_cpu", "true", "--disable_tqdm", "true", "--output_dir"]
+    script = str(EXAMPLES / "run_clm.py")
+    launch(*flags, tmp_path / "whole", script=script)
+    resume = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2"]
+    launch(*flags, tmp_path / "again", *resume, script=script)
+    states = [json.loads((tmp_path / run / "trainer_state.json").read_text()) for run in ("whole", "again")]
+    losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in states]
+    assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").config.hidden_size == 32
+
+
+# Every weight
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"halting": "learned"},
+        {"feedback_axis": "time", "solver": "jacobi", "feedback_connection": "memory"},
+        {"CLASSIFIER": True, "feedback_signal": "output"},
+    ],
+    ids=["halting", "memory", "classifier"],
+)
+def test_a_single_pass_gives_every_weight_a_gradient(fields):
+    """DDP waits for all of them, and what only a second pass reads has a gradient of zero."""
+    classifier = "CLASSIFIER" in fields
+    fields = {name: value for name, value in fields.items() if not name.isupper()}
+    head = FeedbackForSequenceClassification if classifier else FeedbackForCausalLM
+    model, batch = build(head, feedback_type="transformer", **fields).train(), tokens(2, 7)
+    labels = torch.tensor([0, 1]) if classifier else batch
+    model(batch, labels=labels, num_feedback_steps=1).loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
+
+
+@pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification", "regression"])
+def test_the_losses_of_unequal_parts_add_up_to_that_of_the_batch(problem):
+    model, batch = build(FeedbackForSequenceClassification, problem_type=problem, num_labels=3), tokens(5, 7)
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    if problem != "single_label_classification":
+        labels = torch.nn.functional.one_hot(labels, 3).float()
+    whole = model(batch, labels=labels).loss
+    items = {"num_items_in_batch": labels.numel()}
+    parts = [model(batch[rows], labels=labels[rows], **items).loss for rows in (slice(0, 3), slice(3, 5))]
+    assert sum(parts).item() == pytest.approx(whole.item(), abs=1e-6)
+
+
 # Configs
 
 
@@ -128,7 +220,7 @@ def test_fsdp_config_shards_the_loop_as_one_unit(monkeypatch):
     for name, value in prepare_multi_gpu_env(launched(CONFIGS / "fsdp2.yaml")).items():
         monkeypatch.setenv(name, value)
     plugin = FullyShardedDataParallelPlugin()
-    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, False)
     plugin.set_auto_wrap_policy(model := build(feedback_type="transformer"))
     policy = fsdp2_prepare_auto_wrap_policy(plugin, model)
     assert [name for name, module in model.named_modules() if policy(module)] == ["model.loop"]

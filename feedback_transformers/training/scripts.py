@@ -22,7 +22,7 @@ from ..models.configuration_feedback import PRESETS, FeedbackConfig
 from .checkpoints import train_safely
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 TRAINING = {  # defaults of all scripts that use Trainer
     "do_train": True,
@@ -85,6 +85,24 @@ class DataArguments:
             dataset["train"], dataset["validation"] = parts["train"], parts["test"]
         return dataset
 
+    def stream(self) -> IterableDatasetDict:
+        """`train` and `validation`, read as they are iterated over."""
+        from datasets import IterableDatasetDict, load_dataset
+
+        given = {"train": self.train_file, "validation": self.validation_file}
+        files = {split: name for split, name in given.items() if name is not None}
+        if files:
+            dataset = _load_files(files, streaming=True)
+        elif self.dataset_name is None:
+            raise ValueError("There is no data: give --dataset_name or --train_file.")
+        elif self.dataset_name in data.DATASETS:
+            dataset = {name: rows.to_iterable_dataset() for name, rows in data.load(self.dataset_name).items()}
+        else:
+            dataset = load_dataset(self.dataset_name, self.dataset_config_name, streaming=True)
+        if not {"train", "validation"} <= dataset.keys():
+            raise ValueError("A stream can't be split: give --train_file and --validation_file.")
+        return IterableDatasetDict(dataset)
+
     def limit(self, dataset: DatasetDict) -> DatasetDict:
         """At most `max_train_samples` and `max_eval_samples` of it."""
         for split, rows in dataset.items():
@@ -98,7 +116,7 @@ class DataArguments:
         return Path(self.train_file).name if self.train_file else self.dataset_name or "unknown"
 
 
-def _load_files(files: dict[str, str]) -> DatasetDict:
+def _load_files(files: dict[str, str], streaming: bool = False) -> Any:
     from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -109,17 +127,18 @@ def _load_files(files: dict[str, str]) -> DatasetDict:
         if not path.exists():
             raise FileNotFoundError(f"{name} does not exist.")
         if path.is_dir():
-            dataset[split] = load_dataset("imagefolder", data_dir=name, split="train")
+            dataset[split] = load_dataset("imagefolder", data_dir=name, split="train", streaming=streaming)
             continue
         if ending not in BUILDERS:
             raise ValueError(f"{name} ends in {ending!r}; it must be one of {', '.join(BUILDERS)}.")
-        if not path.read_bytes().strip():
+        if path.stat().st_size == 0 or (not streaming and not path.read_bytes().strip()):
             raise ValueError(f"{name} is empty: there is nothing to learn from.")
         options: dict[str, Any] = {"keep_linebreaks": True} if BUILDERS[ending] == "text" else {}
         if ending == "tsv":
             options = {"sep": "\t"}
         try:
-            dataset[split] = load_dataset(BUILDERS[ending], data_files=name, split="train", **options)
+            rows = load_dataset(BUILDERS[ending], data_files=name, split="train", streaming=streaming, **options)
+            dataset[split] = rows
         except (ValueError, DatasetGenerationError) as error:
             if "corresponds to no data" in str(error):  # a csv file with a header alone
                 raise ValueError(f"{name} has no examples: there is nothing to learn from.") from None
