@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(
             use_seedable_sampler=True
-        ),  # an epoch has its order after a restart too
+        ),  # else a restart has the first epoch again
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "logs")),
     )
