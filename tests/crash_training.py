@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
@@ -73,7 +73,8 @@ def train(folder: Path, **fields) -> None:
 def train_in_a_loop(folder: Path, limit: int | None = None, max_steps: int = STEPS) -> None:
     """The same with Accelerate alone; `limit`, in bytes, of every file after the first checkpoint."""
     set_seed(0)
-    accelerator = Accelerator(cpu=True)
+    loading = DataLoaderConfiguration(use_seedable_sampler=True)
+    accelerator = Accelerator(cpu=True, dataloader_config=loading)
     model = make_model("depth")
     optimizer = MuonAdamW(model)
     generator = torch.Generator().manual_seed(0)
@@ -111,13 +112,14 @@ def limit_files(size: int | None) -> None:
 
 
 class LimitFiles(TrainerCallback):
-    """From the second checkpoint on."""
+    """After the first checkpoint."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
-    def on_save(self, *args, **kwargs) -> None:
-        limit_files(self.size)
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == SAVE_STEPS:
+            limit_files(self.size)
 
 
 def fill_the_disk(folder: Path, report: Path, limit: int | None, kind: str) -> None:

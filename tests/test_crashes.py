@@ -127,7 +127,7 @@ def test_killed_at_20_random_moments(kind, tmp_path):
     whole, more = tmp_path / "whole", {"save_total_limit": None} if kind == "trainer" else {}
     assert finish(function, whole, max_steps=120, **more) == 0
     unfinished = kill_and_resume(kind, whole, tmp_path / "new", 20, 120)
-    print(f"\n{kind}: 20 kills, {unfinished} of them within a checkpoint that was being written")
+    print(f"\n{kind}: 20 kills, after {unfinished} of which the newest checkpoint was unfinished")
     assert unfinished >= 3, "the kills were aimed at the saving"
 
 
@@ -325,6 +325,13 @@ def test_nan_names_step_layer_and_batch(axis, layer, call, backward, tmp_path):
     assert kept["inputs"]["input_ids"].tolist() == given
 
 
+def test_nan_in_a_stream(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=(BreakRow(18, "model.norm"),))
+    trainer.train_dataset = BLOCKS.to_iterable_dataset()
+    with pytest.raises(FloatingPointError, match="at step 4; .* with batch 4 of the stream, which is kept in"):
+        train_safely(trainer)
+
+
 def test_nan_and_on(tmp_path):
     """The last good checkpoint is that of an undisturbed run, and so is what comes of it."""
     layer = "model.loop.cell.layers.0.mlp.up_proj"
@@ -364,9 +371,9 @@ def test_nan_of_the_loss_and_of_a_weight(tmp_path):
     assert not (tmp_path / "checkpoint-4").exists(), "such weights are not saved"
 
 
-def test_nan_in_the_examples_own_loop():
+def test_nan_without_trainer():
     model = make_model("depth").train()
     batch = {name: torch.tensor(BLOCKS[:4][name]) for name in ("input_ids", "labels")}
     assert first_non_finite(model, batch) is None
     model.lm_head.weight.data[0, 0] = math.nan
-    assert first_non_finite(model, batch).startswith("the output of model.embeddings.tokens (call 1), whose weight is")
+    assert first_non_finite(model, batch) == "the output of lm_head (call 1), whose weight is not finite"

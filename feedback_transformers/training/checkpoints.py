@@ -54,7 +54,7 @@ def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOut
     args = trainer.args
     folder = str(args.output_dir)
     checkpoint = last_complete_checkpoint(folder) if resume is True else resume or None
-    if resume is True:
+    if resume is True and trainer.is_world_process_zero():
         print(f"Going on from {checkpoint}" if checkpoint else f"{folder} holds no complete checkpoint: starting anew")
     limit, args.save_total_limit = args.save_total_limit, None  # Trainer would remove them before the new one counts
     with closing(Sigterm()) as sigterm:
@@ -126,7 +126,7 @@ class _CompleteCheckpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
-        if state.is_world_process_zero and not state.is_hyper_param_search:  # whose trials have folders of their own
+        if state.is_world_process_zero:
             checkpoint = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
             _write_manifest(checkpoint)
             _remove_older(checkpoint, self.limit, state.best_model_checkpoint)
@@ -143,7 +143,8 @@ class _CompleteCheckpoints(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.sigterm.received():
-            print(f"SIGTERM: saved {Path(str(args.output_dir), f'checkpoint-{state.global_step}')}")
+            if state.is_world_process_zero:
+                print(f"SIGTERM: saved {Path(str(args.output_dir), f'checkpoint-{state.global_step}')}")
             raise SystemExit(0)
 
 

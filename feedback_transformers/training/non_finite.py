@@ -155,7 +155,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def _describe(number: int, inputs: dict[str, Any], args: TrainingArguments, state: TrainerState, loader: Any) -> str:
     """Where in the data the batch `number` of this step is."""
     number += state.global_step * args.gradient_accumulation_steps
-    if not hasattr(getattr(loader, "dataset", None), "__getitem__"):
+    if loader.batch_sampler is None:
         return f"batch {number} of the stream"
     updates = -(-len(loader) // args.gradient_accumulation_steps)
     epoch, update = divmod(state.global_step, updates)
