@@ -107,7 +107,8 @@ def complete(model: FeedbackPreTrainedModel, folder: str | Path, sharing: Sharin
     card = model_card(model, sharing.results, plots=[Path(plot).name for plot in sharing.plots], **sharing.card)
     readme = folder / "README.md"
     if readme.exists():  # the tags that push_to_hub was given are in it
-        card.data.tags = list(dict.fromkeys([*card.data.tags, *(ModelCard.load(readme).data.tags or [])]))
+        tags = [tag for said in (card, ModelCard.load(readme)) for tag in said.data.get("tags") or []]
+        card.data["tags"] = list(dict.fromkeys(tags))
     card.save(readme)
     save_eval_results(folder, sharing)
 
@@ -257,7 +258,7 @@ class CardCallback(TrainerCallback):
                 "Trainer uploads training_args.bin with the hub_token in it: leave hub_token out, and set HF_TOKEN or "
                 "run `hf auth login`."
             )
-        name = Path(trainer.args.hub_model_id or trainer.args.output_dir).name
+        name = Path(trainer.args.hub_model_id or trainer.args.output_dir or "feedback model").name
         self.trainer, self.card = trainer, {"name": name, "dataset": dataset, **card}
         self.results: dict[str, float] = {}
         self.create_model_card, trainer.create_model_card = trainer.create_model_card, self.write  # type: ignore

@@ -135,8 +135,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         config = model.config
         revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")
         path = f"{kwargs.get('subfolder', '')}/{CONFIG_NAME}".lstrip("/")
-        if not Path(config.name_or_path).is_dir():
-            found = try_to_load_from_cache(config.name_or_path, path, kwargs.get("cache_dir"), revision)
+        if not Path(name := str(config.name_or_path)).is_dir():
+            found = try_to_load_from_cache(name, path, kwargs.get("cache_dir"), revision)
             if isinstance(found, str):
                 check_download(Path(found).parent)
         return (model, info) if wanted else model
