@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from functools import partial
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import torch
 from conftest import build, tokens
 from hypothesis import given
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from test_training import arguments, dataset
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
 from feedback_transformers import FeedbackForCausalLM, FeedbackModel, data, retrofit
 from feedback_transformers.data import packages
@@ -330,3 +332,15 @@ def test_a_damaged_train_file_is_refused_or_read(name, tmp_path, monkeypatch):
             assert 0 < len(loaded["train"]) + len(loaded["validation"]) <= 40
 
     fuzzing.run(given(fuzzing.damage())(check), 4, 8)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_trainer_resumes_without_unpickling_code(name, tmp_path):
+    model = build(hidden_size=8, intermediate_size=8, num_attention_heads=2)
+    make = partial(Trainer, model, arguments(tmp_path / "run", max_steps=4, save_steps=2), train_dataset=dataset())
+    make().train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    (checkpoint / name).write_bytes(pickle.dumps(Bomb(tmp_path / "exploded")))
+    with pytest.raises(pickle.UnpicklingError, match="(?i)weights.only"):
+        make().train(resume_from_checkpoint=str(checkpoint))
+    assert not (tmp_path / "exploded").exists()
