@@ -118,9 +118,9 @@ NAMES = sorted({field.name for field in fields(FeedbackConfig)} & set(SENSIBLE) 
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Any, dict[str, Any]]:
-    """A head, and the fields of a config for it: what the head needs, a preset perhaps, up to twelve fields with
-    values of theirs, and in one case of three one or two fields with nonsense."""
+def cases(draw: st.DrawFn) -> tuple[Any, dict[str, Any], bool]:
+    """A head; fields of a config: what the head needs, a preset perhaps, up to twelve with values of theirs, and
+    in one case of three one or two with nonsense; and whether to train it."""
     head = draw(st.sampled_from(list(HEADS)))
     given: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "vocab_size": 11, "intermediate_size": 6}
     given |= {"max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.5, "num_feedback_steps": 2}
@@ -134,7 +134,7 @@ def cases(draw: st.DrawFn) -> tuple[Any, dict[str, Any]]:
     if draw(st.integers(0, 2)) == 0:
         for name in draw(st.lists(st.sampled_from([*NAMES, "num_labels", "problem_type"]), min_size=1, max_size=2)):
             given[name] = draw(st.sampled_from([*NONSENSE, *NONSENSE_OF.get(name, [])]))
-    return head, given
+    return head, given, draw(st.integers(0, 2)) == 0
 
 
 def damage() -> st.SearchStrategy[tuple[str, float, int]]:
