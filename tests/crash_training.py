@@ -124,6 +124,9 @@ class LimitFiles(TrainerCallback):
 
 def fill_the_disk(folder: Path, report: Path, limit: int | None, kind: str) -> None:
     """Writes the error that ends the training to `report`."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)  # what is printed may go to a file, and would be limited as well
+    os.dup2(nothing, 2)
     try:
         if kind == "loop":
             train_in_a_loop(folder, limit)

@@ -63,9 +63,9 @@ def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOut
         try:
             return trainer.train(resume_from_checkpoint=checkpoint)
         except Exception as error:
-            if not _is_full(error):
-                raise
             unfinished = Path(folder, f"checkpoint-{trainer.state.global_step}")
+            if not _is_full(error) or not unfinished.exists() or _is_complete(unfinished):
+                raise
             raise _full(unfinished, trainer.is_world_process_zero()) from error
         finally:
             trainer.remove_callback(callback)
@@ -215,7 +215,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def _full(unfinished: Path, remove: bool) -> OSError:
-    if remove and not _is_complete(unfinished):
+    if remove:
         shutil.rmtree(unfinished, ignore_errors=True)
     last = last_complete_checkpoint(unfinished.parent, unfinished.name.rstrip("0123456789"))
     return OSError(

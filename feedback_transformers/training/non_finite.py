@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -155,7 +156,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def _describe(number: int, inputs: dict[str, Any], args: TrainingArguments, state: TrainerState, loader: Any) -> str:
     """Where in the data the batch `number` of this step is."""
     number += state.global_step * args.gradient_accumulation_steps
-    if loader.batch_sampler is None:
+    if isinstance(loader.dataset, IterableDataset):
         return f"batch {number} of the stream"
     updates = -(-len(loader) // args.gradient_accumulation_steps)
     epoch, update = divmod(state.global_step, updates)
