@@ -65,20 +65,37 @@ def flops(config: FeedbackConfig, tokens: int, length: int, passes: int, checkpo
     return tokens * ((4 if checkpointing else 3) * in_layers + 3 * in_heads)
 
 
-def activations(config: FeedbackConfig, tokens: int, passes: int, checkpointing: bool, width: int = FLOAT) -> int:
-    """Bytes that the forward keeps for the backward. With checkpointing a pass keeps its input, a layer outside the
-    loop too, and what one pass needs is made when its turn comes; from 16 passes on they are kept in segments."""
+def bytes_per_token(config: FeedbackConfig, width: int = FLOAT) -> tuple[int, int, int]:
+    """That a layer, a pass of the loop and a readout keep for the backward, at `width` bytes a number."""
     d, m, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     kv = d // heads * (config.num_key_value_heads or heads)
     norms = 2 * d * (FLOAT + 2 * width)  # they compute in float32
     layer = norms + width * (2 * d + 2 * kv + 4 * m)  # query and output of attention, keys and values, gated MLP
     one_pass = config.num_feedback_layers * layer + width * 7 * d  # and the connection
+    return layer, one_pass, 2 * config.vocab_size * FLOAT  # logits and softmax, in float32 always
+
+
+def activations(config: FeedbackConfig, tokens: int, passes: int, checkpointing: bool, width: int = FLOAT) -> int:
+    """Bytes that the forward keeps for the backward. With checkpointing a pass keeps its input, a layer outside the
+    loop too, and what one pass needs is made when its turn comes; from 16 passes on they are kept in segments."""
+    layer, one_pass, logits = bytes_per_token(config, width)
     layers, readouts = applied(config, passes)
     outer = layers - passes * config.num_feedback_layers
-    logits = readouts * 2 * config.vocab_size * FLOAT  # and their softmax, in float32 always
     if not checkpointing:
-        return tokens * (passes * one_pass + outer * layer + logits)
-    return tokens * (width * (passes + outer) * d + max(one_pass, layer) + logits)
+        return tokens * (passes * one_pass + outer * layer + readouts * logits)
+    inputs = width * (passes + outer) * config.hidden_size
+    return tokens * (inputs + max(one_pass, layer) + readouts * logits)
+
+
+def peak(config: FeedbackConfig, tokens: int, passes: int, checkpointing: bool, width: int = FLOAT) -> int:
+    """Bytes beyond the weights in a first step, whose gradients are made as activations are freed: what the forward
+    keeps; or, once head, decoder and one pass are behind it, what is left, and all gradients but the encoder's, since
+    those of the loop are whole from its first pass on."""
+    size, kept = parameters(config), activations(config, tokens, passes, checkpointing, width)
+    layer, one_pass, logits = bytes_per_token(config, width)
+    made = width * (size["all"] - config.num_encoder_layers * size["layer"])
+    freed = logits + (0 if checkpointing else config.num_decoder_layers * layer + one_pass)
+    return max(kept - tokens * one_pass * checkpointing, kept - tokens * freed + made)
 
 
 ENGINES = {
@@ -90,17 +107,18 @@ ENGINES = {
 
 
 def states(config: FeedbackConfig, processes: int, engine: str) -> dict[str, float]:
-    """Bytes on each process: weights, gradients and AdamW's two moments in float32; in shards, a part of them, and
-    whole in bfloat16 the weights and gradients of the units at work, those of the loop until its backward is done."""
+    """Bytes on each process: weights, gradients and AdamW's two moments in float32, under FSDP a part of them; and
+    whole, in bfloat16, the weights at work. The gradients of the loop come whole before they are added to others or
+    scattered, since all passes contribute: in float32 under DDP."""
     size = parameters(config)
     part = 1 if engine == "ddp" else processes
     kept = {"weights": FLOAT, "gradients": FLOAT, "optimizer": 2 * FLOAT}
     rest = size["all"] - config.num_feedback_layers * size["layer"]
     outer = config.num_encoder_layers + config.num_decoder_layers
     weights = rest - (outer - 1) * size["layer"] if engine == "fsdp, layers" else size["all"]
-    gradients = 0 if engine == "ddp" else size["all"] - rest + size["layer"]
-    whole = HALF * (weights + gradients)  # DDP has the copies that autocast makes of the weights
-    return {**{name: count * size["all"] / part for name, count in kept.items()}, "whole": whole}
+    looped = size["all"] - rest
+    coming = FLOAT * looped if engine == "ddp" else HALF * (looped + size["layer"])
+    return {**{name: count * size["all"] / part for name, count in kept.items()}, "whole": HALF * weights + coming}
 
 
 def communication(config: FeedbackConfig, processes: int, engine: str, passes: int, width: int = FLOAT) -> float:
@@ -181,13 +199,12 @@ def measure(width: int) -> dict[str, Any]:
 def formulas(width: int) -> dict[str, float]:
     """What `measure` and `sent` should find."""
     config, tokens = small(width), ROWS * LENGTH
-    count = parameters(config)["all"]
     return {
-        "parameters": count,
+        "parameters": parameters(config)["all"],
         "flops": flops(config, tokens, LENGTH, PASSES),
-        "memory": activations(config, tokens, PASSES, False) + FLOAT * count,
-        "checkpointed": activations(config, tokens, PASSES, True) + FLOAT * count,
-        "bfloat16": activations(config, tokens, PASSES, False, HALF) + HALF * count,
+        "memory": peak(config, tokens, PASSES, False),
+        "checkpointed": peak(config, tokens, PASSES, True),
+        "bfloat16": peak(config, tokens, PASSES, False, HALF),
         **{engine: communication(config, PROCESSES, engine, PASSES) for engine in ENGINES},
     }
 

@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import distributed_worker as worker
 import pytest
@@ -35,25 +37,27 @@ def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def launch(*arguments: str, script: str = worker.__file__, seconds: float = 500) -> None:
+def launch(*arguments: str, script: str = worker.__file__) -> None:
     """`script` in two processes that meet on a free port, as torchrun starts them, without torchrun's own start."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = []
-    for rank in map(str, range(PROCESSES)):
-        environment = {**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, script, *map(str, arguments)]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=environment, **pipes))
-    try:
-        errors = [process.communicate(timeout=seconds)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    for process, error in zip(started, errors, strict=True):
-        assert process.returncode == 0, error[-3000:]
+    with ExitStack() as files:  # not pipes: one that is full would hold up both processes
+        errors = [files.enter_context(TemporaryFile("w+")) for _ in range(PROCESSES)]
+        started = []
+        for rank, error in enumerate(errors):
+            environment = {**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, script, *map(str, arguments)]
+            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error))
+        try:
+            codes = [process.wait() for process in started]
+        finally:  # also where pytest's own timeout ends the waiting
+            for process in started:
+                process.kill()
+        for code, error in zip(codes, errors, strict=True):
+            error.seek(0)
+            assert code == 0, error.read()[-3000:]
 
 
 def results(folder: Path, name: str, rank: int = 0) -> dict:
