@@ -1,5 +1,7 @@
 """Bad input gets one clear sentence that says what to change."""
 
+import math
+
 import pytest
 import torch
 from conftest import BOS, PAD, build, tiny, tokens
@@ -25,7 +27,25 @@ CONFIGS = [
     ({"num_feedback_steps": -3}, "num_feedback_steps is -3; it must be at least 1"),
     ({"solver_steps": 0}, "solver_steps is 0"),
     ({"feedback_interval": 0}, "feedback_interval is 0"),
-    ({"gradient_steps": 0}, "gradient_steps is 0; give at least 1, or None for all steps"),
+    ({"gradient_steps": 0}, "gradient_steps is 0; it must be at least 1"),
+    ({"gradient_steps": 10**30}, f"it must be below {2**31}"),
+    ({"hidden_size": 10**30}, f"it must be below {2**31}"),
+    ({"intermediate_size": (2, 2)}, "intermediate_size is (2, 2); it must be a whole number"),
+    ({"feedback_noise": math.nan}, "feedback_noise is nan; it must be 0 or more, and at most 1000"),
+    ({"halting_weight": 1e300}, "halting_weight is 1e+300; it must be 0 or more, and at most 1000"),
+    ({"halting_threshold": math.inf}, "halting_threshold is inf; it must be above 0 and at most 1000, or None"),
+    ({"num_labels": 0}, "num_labels is 0; it must be at least 1"),
+    ({"id2label": {0: "a", 2: "b"}}, "id2label names the classes [0, 2]; it must name 0 to 1"),
+    ({"dtype": "float33"}, "Unknown dtype 'float33'"),
+    ({"feedback_axes": "time"}, "Unknown field 'feedback_axes': did you mean feedback_axis?"),
+    ({"backbone_config": 7}, "backbone_config is 7; give the name of a family, a dictionary or a config"),
+    ({"backbone_config": {"head_dim": 3}}, "head_dim of backbone_config is 3; rotary positions need an even number"),
+    ({"backbone_config": {"rope_parameters": {"rope_type": "no"}}}, "Unknown rope_type 'no' in backbone_config"),
+    ({"backbone_config": {"rope_parameters": {"rope_type": "yarn"}}}, "backbone_config can't be a llama: Missing"),
+    ({"backbone_config": {"model_type": "mistral", "sliding_window": -2}}, "sliding_window of backbone_config is -2"),
+    ({"retrofitted_from": "LlamaForCausalLM"}, "backbone_config is None; give the name"),
+    ({"decoder_start_token_id": 50}, "decoder_start_token_id is 50; it must be at least 0 and below vocab_size"),
+    ({"eos_token_id": [1, -2]}, "eos_token_id is -2; it must be at least -1"),
     ({"num_feedback_layers": 0}, "num_feedback_layers is 0"),
     ({"num_encoder_layers": -1}, "num_encoder_layers is -1; it must be 0 or more"),
     ({"conv_kernel_size": 0}, "conv_kernel_size is 0"),

@@ -54,18 +54,19 @@ def whole(name: str, value: Any, least: int = 1) -> Iterator[str]:
 
 
 def sizes(config: Any, model_type: str) -> Iterator[str]:
-    for name in ("hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"):
+    heads = ("num_attention_heads", "num_key_value_heads")
+    for name in ("hidden_size", "intermediate_size", *heads, "max_position_embeddings"):
         yield from whole(name, getattr(config, name))
-    hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    if hidden % heads:
-        yield f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({heads})."
-    elif (hidden // heads) % 2 and model_type != "gpt2":
+    hidden, number, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if hidden % number:
+        yield f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({number})."
+    elif (hidden // number) % 2 and model_type != "gpt2":
         yield (
-            f"hidden_size / num_attention_heads is {hidden // heads}; rotary positions need an even number: "
+            f"hidden_size / num_attention_heads is {hidden // number}; rotary positions need an even number: "
             "change either."
         )
-    if heads % groups:
-        yield f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({groups})."
+    if number % groups:
+        yield f"num_attention_heads ({number}) must be a multiple of num_key_value_heads ({groups})."
 
 
 def numbers(config: Any) -> Iterator[str]:
@@ -82,8 +83,8 @@ def numbers(config: Any) -> Iterator[str]:
         yield f"Unknown hidden_act {config.hidden_act!r}; choose rrelu or one of {', '.join(ACT2FN)}."
     for name, least in AT_LEAST.items():
         yield from whole(name, getattr(config, name), least)
-    if config.gradient_steps is not None and config.gradient_steps < 1:
-        yield f"gradient_steps is {config.gradient_steps}; give at least 1, or None for all steps."
+    if config.gradient_steps is not None:
+        yield from whole("gradient_steps", config.gradient_steps)
     # Comparisons in this direction refuse nan too.
     for name in WEIGHTS:
         value = getattr(config, name)
