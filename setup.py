@@ -25,7 +25,10 @@ FAST = ["numba>=0.62,<1"]
 MINGRU = ["minGRU-pytorch>=0.2.1,<0.3"]
 BENCH = ["feedback-transformer-pytorch>=0.0.11,<0.1", *MINGRU, "tiny-recursive-model>=0.0.15,<0.1"]
 DATA = ["datasets>=4,<6", "pillow>=10"]
-DEV = ["build>=1.2", "hypothesis>=6.130,<7", "mypy>=1.15", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.12"]
+DEV = [
+    *("build>=1.2", "mypy>=1.15", "ruff>=0.12"),
+    *("hypothesis>=6.130,<7", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
+]
 
 setup(
     name="feedback_transformers",

@@ -269,6 +269,7 @@ def test_too_few_examples_to_split(tmp_path):
         (["--config_overrides", "hidden_size"], ValueError, "not of the form name=value"),
         (["--preset", "transformer-9000"], ValueError, "Unknown preset 'transformer-9000'; choose one of"),
         (["--min_feedback_steps", "5", "--max_feedback_steps", "2"], ValueError, "1 <= minimum <= maximum"),
+        (["--push_to_hub", "true", "--hub_token", "hf_secret"], ValueError, "leave --hub_token out"),
     ],
 )
 def test_wrong_arguments(flags, error, sentence, tmp_path):
