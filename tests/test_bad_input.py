@@ -35,6 +35,7 @@ CONFIGS = [
     ({"halting_weight": 1e300}, "halting_weight is 1e+300; it must be 0 or more, and at most 1000"),
     ({"halting_threshold": math.inf}, "halting_threshold is inf; it must be above 0 and at most 1000, or None"),
     ({"num_labels": 0}, "num_labels is 0; it must be at least 1"),
+    ({"num_labels": None}, "num_labels is None; it must be a whole number"),
     ({"id2label": {0: "a", 2: "b"}}, "id2label names the classes [0, 2]; it must name 0 to 1"),
     ({"dtype": "float33"}, "Unknown dtype 'float33'"),
     ({"feedback_axes": "time"}, "Unknown field 'feedback_axes': did you mean feedback_axis?"),

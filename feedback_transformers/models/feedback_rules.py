@@ -278,10 +278,10 @@ def retrofits(config: Any) -> Iterator[str]:
 
 
 def given(config: Any, others: dict[str, Any]) -> Iterator[str]:
-    dtype, count, names = config.dtype, others.get("num_labels"), config.id2label
+    dtype, names = config.dtype, config.id2label
     if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
         yield f"Unknown dtype {dtype!r}; give the name of one of torch, such as float32."
-    if count is not None:
-        yield from whole("num_labels", count)
+    if "num_labels" in others:
+        yield from whole("num_labels", others["num_labels"])
     if names is not None and not (names and all(str(key).isdigit() for key in names)):
         yield "id2label must name each class by its number, and at least one."
