@@ -41,7 +41,7 @@ setup(
     packages=find_packages(include=["feedback_transformers", "feedback_transformers.*"]),
     package_data={"feedback_transformers": ["py.typed", "card_template.md"]},
     entry_points={"console_scripts": ["feedback-transformers = feedback_transformers.cli:main"]},
-    install_requires=["torch>=2.9,<3", "transformers>=5.23,<6"],
+    install_requires=["torch>=2.13,<3", "transformers>=5.23,<6"],
     # The data packages themselves are installed by `python -m feedback_transformers.data`, without their dependencies.
     extras_require={
         "train": TRAIN,
