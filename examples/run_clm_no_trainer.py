@@ -167,11 +167,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     metrics = {"eval_loss": loss, "perplexity": math.exp(loss)}
     accelerator.print(metrics)
     accelerator.log(metrics, step=step)
+    trained = scripts.whole(accelerator, model)
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "all_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
         scripts.publish_model(
-            accelerator.unwrap_model(model),
+            trained,
             args.output_dir,
             tokenizer,
             metrics,

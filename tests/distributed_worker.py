@@ -3,6 +3,7 @@
 RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=... python tests/distributed_worker.py out ddp depth
 """
 
+import importlib
 import json
 import os
 import sys
@@ -209,8 +210,12 @@ def stream_split(rows: IterableDataset, folder: Path, name: str, done: int) -> l
 
 def main(folder: str, engine: str, *names: str) -> None:
     torch.set_num_threads(1)
-    if engine == "fsdp":
+    if "fsdp" in engine:
         shard_on_cpu()
+    if engine == "fsdp-example":
+        sys.path.insert(0, str(Path(folder).parent))
+        importlib.import_module(Path(folder).stem).main(names)
+        return
     for name in names:
         if engine == "stream":
             stream(name, Path(folder))

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import build, tokens
+from conftest import assert_close, build, tokens
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -163,6 +163,23 @@ def test_the_example_on_two_processes_with_a_stream(tmp_path):
     losses = [[entry["loss"] for entry in state["log_history"] if "loss" in entry] for state in states]
     assert len(losses[0]) == 4 and losses[1] == pytest.approx(losses[0], abs=1e-6)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole").config.hidden_size == 32
+
+
+@pytest.mark.slow
+def test_the_example_in_shards_leaves_a_whole_model(tmp_path):
+    """And evaluates as with whole models. Without Muon: Trainer takes no optimizer of one's own with shards."""
+    script = str(EXAMPLES / "run_clm.py")
+    flags = ["--smoke", "--use_cpu", "true", "--disable_tqdm", "true", "--muon_learning_rate", "0"]
+    flags += ["--save_strategy", "no", "--output_dir"]
+    launch(*flags, tmp_path / "ddp", script=script)
+    launch(script, "fsdp-example", *flags, tmp_path / "fsdp", "--fsdp", "true")
+    losses = [json.loads((tmp_path / run / "all_results.json").read_text())["eval_loss"] for run in ("ddp", "fsdp")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    batch = torch.arange(40).view(2, 20)
+    with torch.no_grad():
+        models = [AutoModelForCausalLM.from_pretrained(tmp_path / run).eval() for run in ("ddp", "fsdp")]
+        logits = [model(batch).logits for model in models]
+    assert_close(logits[1], logits[0])
 
 
 # Every weight

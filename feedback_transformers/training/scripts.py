@@ -10,11 +10,14 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator, DistributedType
+from torch.distributed.fsdp import FSDPModule
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 
 from .. import data, hub
@@ -212,11 +215,18 @@ def parse(
         defaults = {**TRAINING, "dataloader_pin_memory": pin, **defaults}
     if len(given) == 1 and given[0].endswith(".json"):
         values = json.loads(Path(given[0]).read_text(encoding="utf-8"))
-        return parser.parse_dict({**defaults, **(smoke or {} if values.get("smoke") else {}), **values})
-    parser.set_defaults(**defaults)
-    if parser.parse_known_args(given)[0].smoke:
-        parser.set_defaults(**(smoke or {}))
-    return parser.parse_args_into_dataclasses(given)
+        parsed = parser.parse_dict({**defaults, **(smoke or {} if values.get("smoke") else {}), **values})
+    else:
+        parser.set_defaults(**defaults)
+        if parser.parse_known_args(given)[0].smoke:
+            parser.set_defaults(**(smoke or {}))
+        parsed = parser.parse_args_into_dataclasses(given)
+    if any(isinstance(args, TrainingArguments) and args.push_to_hub and args.hub_token for args in parsed):
+        raise ValueError(
+            "Trainer uploads training_args.bin with the hub_token in it: leave --hub_token out, and set HF_TOKEN or "
+            "run `hf auth login`."
+        )
+    return parsed
 
 
 def command(script: str, arguments: Sequence[str] | None = None) -> str:
@@ -270,12 +280,30 @@ def record(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
 
 def publish(trainer: Trainer, processor: Any, results: dict[str, float], **card: Any) -> None:
     """Writes the model and its card to output_dir, and with --push_to_hub to the Hub too."""
-    args = trainer.args
+    args, model = trainer.args, whole(trainer.accelerator, trainer.model)
     if not trainer.is_world_process_zero():
         return
-    model = trainer.accelerator.unwrap_model(trainer.model)
     push = args.hub_model_id or Path(str(args.output_dir)).name if args.push_to_hub else None
     publish_model(model, str(args.output_dir), processor, results, push, args.hub_token, **card)
+
+
+def whole(accelerator: Accelerator, model: Any) -> Any:
+    """The model without what wraps it; where its weights are in shards, on the main process a copy with all of them.
+
+    Every process must call it.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return unwrapped
+    weights = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return unwrapped
+    kind: Any = next(
+        kind for kind in type(unwrapped).__mro__ if not issubclass(kind, FSDPModule)
+    )  # FSDP makes a subclass
+    complete = kind(deepcopy(unwrapped.config))
+    complete.load_state_dict(weights)
+    return complete
 
 
 def publish_model(
@@ -299,5 +327,5 @@ def publish_model(
             repo_id=repository,
             folder_path=folder,
             commit_message="End of training",
-            ignore_patterns=["checkpoint-*", "step_*", "non_finite_batch_*", "runs/*", "logs/*"],
+            ignore_patterns=["checkpoint-*", "step_*", "non_finite_batch_*", "runs/*", "logs/*", "training_args.bin"],
         )
