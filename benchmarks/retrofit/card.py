@@ -35,7 +35,7 @@ def main() -> None:
         name="SmolLM2-135M-Instruct with feedback along time",
         dataset=KEEPS,
         description=(
-            "Follows a ball under cups. SmolLM2-135M-Instruct (its weights rounded to 4 bits) made a feedback model by "
+            "Follows a ball under cups. SmolLM2-135M-Instruct (weights rounded to 4 bits) made a feedback model by "
             f"`retrofit`, of which adapters of rank {MODELS[NAME][0]} and the connection were trained, "
             f"{line['parameters']:,} parameters, for {line['steps']} steps; one seed. It is no better than plain LoRA "
             "within the trained lengths, and a little beyond them."
