@@ -91,12 +91,12 @@ def compare(engine: str, names: list[str], alone, folder: Path) -> None:
         assert first["losses"] == pytest.approx(one["losses"], abs=1e-4, rel=0), (engine, name)
         assert first["steps"] == second["steps"] == one["steps"], "every process draws the same number of steps"
         expected, actual = weights(alone(name), name), weights(folder, name)
-        assert actual.keys() == expected.keys()
+        assert actual.keys() - expected.keys() <= {"lm_head.weight"}, "FSDP writes a tied readout too"
         apart = {key: (actual[key] - expected[key]).abs().max().item() for key in expected}
         assert max(apart.values()) < 1e-4, (engine, name, {key: value for key, value in apart.items() if value > 1e-4})
 
 
-QUICK = {"ddp": ["depth", "jacobi", "lora"], "fsdp": ["depth", "sequential"]}
+QUICK = {"ddp": ["depth", "sequential", "lora"], "fsdp": ["depth", "jacobi"]}
 
 
 @pytest.mark.parametrize("engine", QUICK)
@@ -117,7 +117,7 @@ def test_all_cases(engine, alone, tmp_path):
 
 def test_streams_have_no_repeats_and_no_gaps(tmp_path):
     launch(tmp_path, "stream", "dispatched", "sharded", "split")
-    rows = worker.texts(worker.STREAMED)[0]["input_ids"]
+    rows = list(worker.texts(worker.STREAMED)[0]["input_ids"])
     for name in ("dispatched", "sharded", "split"):
         both = [results(tmp_path, name, rank) for rank in range(PROCESSES)]
         if name == "dispatched":  # the rows of a step, in order
@@ -172,7 +172,7 @@ def test_the_example_in_shards_leaves_a_whole_model(tmp_path):
     flags = ["--smoke", "--use_cpu", "true", "--disable_tqdm", "true", "--muon_learning_rate", "0"]
     flags += ["--save_strategy", "no", "--output_dir"]
     launch(*flags, tmp_path / "ddp", script=script)
-    launch(script, "fsdp-example", *flags, tmp_path / "fsdp", "--fsdp", "true")
+    launch(script, "fsdp-example", *flags, tmp_path / "fsdp", "--fsdp")
     losses = [json.loads((tmp_path / run / "all_results.json").read_text())["eval_loss"] for run in ("ddp", "fsdp")]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     batch = torch.arange(40).view(2, 20)

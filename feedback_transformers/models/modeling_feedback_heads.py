@@ -136,12 +136,14 @@ class FeedbackLMHead(FeedbackHead):
         if labels is not None:
             size = self.config.vocab_size
 
+            def predict(y: Tensor) -> Tensor:
+                return logits if y is outputs.last_hidden_state else self.predict(y[:, keep])
+
             def step_loss(y: Tensor) -> Tensor:
-                y_logits = logits if y is outputs.last_hidden_state else self.predict(y[:, keep])
-                return self.loss_function(logits=y_logits, labels=labels, vocab_size=size, **kwargs)
+                return self.loss_function(logits=predict(y), labels=labels, vocab_size=size, **kwargs)
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
-                return token_loss(self.predict(y), p, labels, **kwargs)
+                return token_loss(predict(y), p, labels, **kwargs)
 
             loss = self.mean_loss(step_loss, outputs, weighted, share_of_batch(labels, **kwargs))
         return FeedbackOutput(
