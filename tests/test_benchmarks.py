@@ -17,7 +17,7 @@ def test_train_and_evaluate():
     training.train(model, 30, 16, sampled=(1, 3))
     after, _ = training.evaluate(model, rows)
     assert after < before - 0.5
-    halted = training.build(halting="converged", halting_threshold=1e9).eval()
+    halted = training.build(halting="converged", halting_threshold=1000).eval()
     assert training.evaluate(halted, rows)[1] == 2.0
 
 

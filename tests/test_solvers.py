@@ -196,7 +196,7 @@ def test_steps_of_padding(where):
 
 
 def test_training_makes_all_passes():
-    model, batch = build(halting_threshold=1e9, **CONVERGED), tokens()
+    model, batch = build(halting_threshold=1000, **CONVERGED), tokens()
     assert model(batch).num_feedback_steps.max() == 2
     assert model.train()(batch).num_feedback_steps.min() == 6
     fixed = build(num_feedback_steps=6).train()
