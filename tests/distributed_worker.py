@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ CASES = {
 }
 
 
+@cache
 def texts(rows: int = ROWS) -> tuple:
     """Shakespeare in blocks of 16 characters, and their tokenizer."""
     plays = data.load("shakespeare")["validation"].select(range(1))
