@@ -33,6 +33,7 @@ CONFIGS = [
     ({"intermediate_size": (2, 2)}, "intermediate_size is (2, 2); it must be a whole number"),
     ({"feedback_noise": math.nan}, "feedback_noise is nan; it must be 0 or more, and at most 1000"),
     ({"halting_weight": 1e300}, "halting_weight is 1e+300; it must be 0 or more, and at most 1000"),
+    ({"num_feedback_layers": 2**31 - 1}, "num_feedback_layers is 2147483647; it must be at most 10000"),
     ({"halting_threshold": math.inf}, "halting_threshold is inf; it must be above 0 and at most 1000, or None"),
     ({"num_labels": 0}, "num_labels is 0; it must be at least 1"),
     ({"num_labels": None}, "num_labels is None; it must be a whole number"),

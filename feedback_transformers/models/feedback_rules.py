@@ -12,6 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from .feedback_names import BIDIRECTIONAL_TYPES, CHOICES, DIAGONAL_TYPES, RECURRENT_TYPES, shared_names
 
 LARGEST = 2**31  # no dimension of a tensor, and no number of steps, comes near
+MOST_LAYERS = 10_000  # configs of transformers list what they are, one by one
+LAYERS = ("num_encoder_layers", "num_feedback_layers", "num_decoder_layers")
 AT_LEAST = {
     **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 0),
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 1),
@@ -57,6 +59,10 @@ def sizes(config: Any, model_type: str) -> Iterator[str]:
     heads = ("num_attention_heads", "num_key_value_heads")
     for name in ("hidden_size", "intermediate_size", *heads, "max_position_embeddings"):
         yield from whole(name, getattr(config, name))
+    for name in LAYERS:
+        yield from whole(name, getattr(config, name), AT_LEAST[name])
+        if getattr(config, name) > MOST_LAYERS:
+            yield f"{name} is {getattr(config, name)}; it must be at most {MOST_LAYERS}."
     hidden, number, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     if hidden % number:
         yield f"hidden_size ({hidden}) must be a multiple of num_attention_heads ({number})."
