@@ -5,7 +5,6 @@ Shapes: B batch, T positions, P positions in the cache, C channels, D hidden siz
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
-from .feedback_files import check_sums, drop_sums, write_sums
+from .feedback_files import check_sums, drop_sums, sha256, write_sums
 from .feedback_loop import FeedbackLoop, Readout
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -74,11 +73,7 @@ def check_download(folder: Path) -> int:
     links = {file: os.path.basename(os.readlink(file)) for file in folder.glob("*.safetensors") if file.is_symlink()}
     blobs = {file: announced for file, announced in links.items() if len(announced) == 64}  # a shorter name is git's
     for file, announced in blobs.items():
-        digest = hashlib.sha256()
-        with file.open("rb") as content:
-            while chunk := content.read(1 << 20):
-                digest.update(chunk)
-        if digest.hexdigest() != announced:
+        if sha256(file) != announced:
             raise OSError(
                 f"{file} is not what the Hub announced, its SHA-256 is another one: download it again with "
                 "force_download=True."
