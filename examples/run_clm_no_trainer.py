@@ -23,6 +23,7 @@ from transformers import default_data_collator, get_scheduler
 
 from feedback_transformers.training import (
     Sigterm,
+    check_complete,
     draw_steps,
     first_non_finite,
     last_complete_checkpoint,
@@ -123,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if checkpoint and checkpoint.lower() == "true":
         checkpoint = last_complete_checkpoint(output, "step_")
     if checkpoint:
+        check_complete(checkpoint)
         accelerator.load_state(checkpoint)
         step = int(Path(checkpoint).name.removeprefix("step_"))
         accelerator.print(f"Going on from step {step}")

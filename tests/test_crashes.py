@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from feedback_transformers.training import first_non_finite, last_complete_checkpoint, train_safely
+from feedback_transformers.training import check_complete, first_non_finite, last_complete_checkpoint, train_safely
 
 FORKS = multiprocessing.get_context("forkserver")  # a process that has imported everything, and forks in no time
 FORKS.set_forkserver_preload(["crash_training"])
@@ -174,7 +174,11 @@ def test_what_counts_as_complete(whole, tmp_path):
     for damaged in (weights[:-1], weights[:-1] + bytes([weights[-1] ^ 1])):  # too short; another bit
         (last / "model.safetensors").write_bytes(damaged)
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        with pytest.raises(ValueError, match="checkpoint-4 is damaged"):  # named, it is not taken either
+            check_complete(last)
     (last / "model.safetensors").write_bytes(weights)
+    check_complete(last)
+    check_complete(tmp_path / "checkpoint-best")  # whatever wrote it, it was not this package
     (last / "notes.txt").write_text("whatever is added later does no harm")
     assert last_complete_checkpoint(tmp_path) == str(last)
     (last / "optimizer.pt").unlink()

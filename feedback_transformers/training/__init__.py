@@ -1,7 +1,7 @@
 """What the stock Trainer lacks: drawn step counts, distillation, Muon, a stop on NaN, and surviving a crash."""
 
 from .callbacks import SampleFeedbackSteps, draw_steps, set_steps
-from .checkpoints import Sigterm, last_complete_checkpoint, saving, train_safely
+from .checkpoints import Sigterm, check_complete, last_complete_checkpoint, saving, train_safely
 from .distillation import Distill, divergence
 from .non_finite import StopOnNonFinite, first_non_finite
 from .optimizers import MuonAdamW
@@ -12,6 +12,7 @@ __all__ = [
     "SampleFeedbackSteps",
     "Sigterm",
     "StopOnNonFinite",
+    "check_complete",
     "divergence",
     "draw_steps",
     "first_non_finite",

@@ -41,6 +41,15 @@ def last_complete_checkpoint(folder: str | Path, prefix: str = "checkpoint-") ->
     return next((str(checkpoint) for checkpoint in by_step if _is_complete(checkpoint)), None)
 
 
+def check_complete(checkpoint: str | Path) -> None:
+    """Raises ValueError if files of this folder are missing or not what its manifest says; without one, never."""
+    if (Path(checkpoint) / MANIFEST).exists() and not _is_complete(Path(checkpoint)):
+        raise ValueError(
+            f"{checkpoint} is damaged, its files are not those of its {MANIFEST}: resume from another checkpoint, or "
+            "from the last complete one, with resume_from_checkpoint=True."
+        )
+
+
 def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOutput:
     """`trainer.train()` that can be killed at any moment and resumed with the same final weights.
 
@@ -50,10 +59,15 @@ def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOut
 
     Args:
         resume: the folder of a checkpoint; or True for the last complete one, if there is one.
+
+    Raises:
+        ValueError: the files of the checkpoint that was named are not those of its manifest.
     """
     args = trainer.args
     folder = str(args.output_dir)
     checkpoint = last_complete_checkpoint(folder) if resume is True else resume or None
+    if checkpoint and resume is not True:
+        check_complete(checkpoint)
     if resume is True and trainer.is_world_process_zero():
         print(f"Going on from {checkpoint}" if checkpoint else f"{folder} holds no complete checkpoint: starting anew")
     limit, args.save_total_limit = args.save_total_limit, None  # Trainer would remove them before the new one counts
