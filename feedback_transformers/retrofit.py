@@ -228,6 +228,11 @@ def take_classifier(made: FeedbackForSequenceClassification, original: Any) -> N
 
 def give_classifier(model: FeedbackForSequenceClassification, original: Any) -> None:
     if hasattr(original, "score"):
+        if model.classifier.bias.any():
+            raise ValueError(
+                f"The readout has learned a bias, for which a {type(original).__name__} has no place: set "
+                "model.classifier.bias to zero to give that class back without it."
+            )
         original.score.weight = model.classifier.weight
     elif hasattr(original.classifier, "out_proj"):
         original.classifier.dense = share(cast(Any, model.model.pooler).dense)

@@ -225,6 +225,9 @@ def test_classifier(family):
     assert_close(answer(model, batch), answer(before, batch))
     again = unretrofit(model)
     assert torch.equal(answer(again, batch), answer(before, batch))
+    torch.nn.init.ones_(model.classifier.bias)
+    with pytest.raises(ValueError, match="learned a bias"):
+        unretrofit(model)
 
 
 @pytest.mark.parametrize("family", BIDIRECTIONAL_TYPES)
