@@ -1,9 +1,10 @@
 """Multi-step reasoning: a retrofitted SmolLM2 against plain LoRA with as many trained parameters and as much time.
 
 Trained on 1 to 6 steps of a family (families.py), tested on twice and three times as many, with 1 to 8 passes. All
-models see the same examples in the same order, with the states on the way as labels where a family has them.
+models see the same examples in the same order, with the states on the way as labels where a family has them, and
+half of them with up to 6 steps that change nothing: else attention would meet its first long prompt in the test.
 
-Every fourth step of all models reads ordinary text instead, and keeps to what the original says of it (the
+Every sixth step of all models reads ordinary text instead, and keeps to what the original says of it (the
 Kullback-Leibler divergence from it), in whichever way the model may be run, so that nothing is lost: the perplexities
 at the end, of other plays of Shakespeare and other pages of Python's manual than those.
 """
@@ -30,7 +31,8 @@ from .pretrained import smollm2
 from .training import adapted, draws, to_bfloat16, train, trained_parameters
 
 TRAINED, TESTED = (1, 6), (6, 12, 18)  # steps of reasoning
-BATCH, ORDINARY = 16, 4  # examples a step; every so many steps, one of ordinary text
+IDLE = 6  # at most so many more in training that change nothing, in every other batch
+BATCH, ORDINARY = 16, 6  # examples a step; every so many steps, one of ordinary text
 KEEPING = 10.0  # weight of its loss, whose gradients are small beside those of the tasks, and Adam's scale is theirs
 KEEPS = "cups"  # after this family, ordinary texts are tested
 LENGTH, CHARACTERS = 128, 100_000  # of ordinary text: tokens a row, characters of the test
@@ -117,7 +119,8 @@ def examples(
             rows = torch.stack([ordinary[start : start + LENGTH] for start in starts])
             yield {"input_ids": rows, **passes(model, drawn.choice(kept) if kept else mode)}
         else:
-            batch = encode(FAMILIES[family].examples(steps, BATCH, 1000 * seed + step), tokenizer, True)
+            idle = drawn.choice((0, drawn.randint(1, IDLE)))
+            batch = encode(FAMILIES[family].examples(steps, BATCH, 1000 * seed + step, idle), tokenizer, True)
             yield {**batch, **passes(model, learned or mode)}
 
 

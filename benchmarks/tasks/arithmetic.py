@@ -98,7 +98,7 @@ def reaching(least: float) -> Callable[[Runs], dict[str, bool]]:
     def checks(runs: Runs) -> dict[str, bool]:
         return {
             f"{model}: scaled accuracy at least {least}, mean": runs.mean(model, "scaled accuracy") >= least
-            for model in ("feedback", "feedback-mlp", "feedback-lstm")
+            for model in ("feedback", "feedback-mlp", "feedback-lstm", "feedback-gru")
         }
 
     return checks
@@ -112,10 +112,12 @@ SHAPE: Settings = {
 }
 FEEDBACK: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers": 0, "num_feedback_layers": 1}
 LSTM: Settings = {"preset": "lstm", "feedback_signal": "state", "hidden_size": 64}
+GRU: Settings = {"preset": "gru", "feedback_signal": "state", "num_feedback_layers": 2, "hidden_size": 56}
 MODELS: dict[str, Settings] = {
     "feedback": {"kind": "feedback", "fields": FEEDBACK, "training": {"steps": 4000}},
     "feedback-mlp": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_type": "mlp", "num_feedback_layers": 2}},
     "feedback-lstm": {"kind": "feedback", "fields": LSTM},
+    "feedback-gru": {"kind": "feedback", "fields": GRU},
     "control": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_signal": "none"}},
     "gru": {"kind": "gru", "fields": {"hidden_size": 64, "num_layers": 2}},
     "lstm": {"kind": "lstm", "fields": {"hidden_size": 64, "num_layers": 2}},

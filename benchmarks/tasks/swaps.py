@@ -64,10 +64,11 @@ def evaluate(network: nn.Module, settings: Settings) -> Score:
 
 def checks(runs: Runs) -> dict[str, bool]:
     every, fourth, none = (runs.mean(model, "64 operations") for model in ("feedback", "feedback-every-4", "control"))
-    return {
-        "feedback: 100 at 64 operations, each seed": runs.reached("feedback", "64 operations", 100.0),
-        "feedback: at least 97.3 at 256 operations, mean": runs.mean("feedback", "256 operations") >= 97.3,
-        "feedback-lstm: 100 at 64 operations, each seed": runs.reached("feedback-lstm", "64 operations", 100.0),
+    reached = {}
+    for model in ("feedback", "feedback-mlp", "feedback-lstm"):
+        reached[f"{model}: 100 at 64 operations, each seed"] = runs.reached(model, "64 operations", 100.0)
+        reached[f"{model}: at least 97.3 at 256 operations, mean"] = runs.mean(model, "256 operations") >= 97.3
+    return reached | {
         "at 64 operations: every token > every 4th > none": every > fourth > none,
         "at 64 operations: every 4th below 50, none below 5": fourth < 50 and none < 5,
     }
