@@ -45,12 +45,14 @@ test-oldest: $(READY)
 	$(VENV)-oldest/bin/python -m pip install --quiet "$(TORCH)"
 	$(PYTHON) tests/oldest.py > $(VENV)-oldest/constraints.txt
 	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[dev]" --constraint $(VENV)-oldest/constraints.txt
+	$(VENV)-oldest/bin/python -m feedback_transformers.data
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n 2 -q -m "not slow"
 
 test-newest: $(READY)
 	python3 -m venv --clear $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet "$(TORCH)"
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --editable ".[dev]"
+	$(VENV)-newest/bin/python -m feedback_transformers.data
 	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n 2 -q -m "not slow"
 
 build: $(READY)
