@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         optimizers=(optimizer(model, text_args, training_args.learning_rate, training_args.weight_decay), None),
     )
     trainer.args.prediction_loss_only = True  # the logits of a whole validation set are large
-    if model_args.min_feedback_steps and model_args.max_feedback_steps:
+    if scripts.draws_steps(model_args, model):
         trainer.add_callback(SampleFeedbackSteps(model_args.min_feedback_steps, model_args.max_feedback_steps))
 
     metrics = {}

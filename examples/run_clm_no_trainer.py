@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         step = int(Path(checkpoint).name.removeprefix("step_"))
         accelerator.print(f"Going on from step {step}")
 
-    sampled = model_args.min_feedback_steps and model_args.max_feedback_steps
+    sampled = scripts.draws_steps(model_args, model)
     bar = tqdm(initial=step, total=args.max_train_steps, disable=not accelerator.is_main_process)
     sigterm = Sigterm()
     model.train()

@@ -76,6 +76,12 @@ def describe(
         raise TypeError(
             f"This takes a feedback model, not a {type(model).__name__}: merge_and_unload() adapters first."
         )
+    for name, value in (results or {}).items():
+        if not isinstance(value, int | float):
+            raise TypeError(f"results holds {name}={value!r}, which is not a number.")
+    for plot in plots:
+        if not Path(plot).is_file():
+            raise FileNotFoundError(f"There is no plot {plot}.")
     model.sharing = Sharing(processor, results or {}, plots, card)  # type: ignore[assignment]
 
 

@@ -160,7 +160,7 @@ def check_shareable(model: Any) -> None:
 def check_family(config: PreTrainedConfig) -> None:
     if config.model_type not in RETROFIT_TYPES or getattr(config, "is_decoder", False):
         raise ValueError(
-            f"A {config.model_type} model can't be retrofitted; these can: {', '.join(RETROFIT_TYPES)} "
+            f"Models of type {config.model_type} can't be retrofitted; these can: {', '.join(RETROFIT_TYPES)} "
             "(BERT and RoBERTa as encoders)."
         )
     both_sides = getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True)

@@ -15,6 +15,7 @@ from feedback_transformers import (
     FeedbackForMaskedLM,
     FeedbackForSequenceClassification,
     FeedbackForTimeSeriesPrediction,
+    FeedbackForTokenClassification,
     FeedbackModel,
 )
 from feedback_transformers.models.feedback_names import CHOICES
@@ -40,6 +41,7 @@ CONFIGS = [
     ({"id2label": {0: "a", 2: "b"}}, "id2label names the classes [0, 2]; it must name 0 to 1"),
     ({"dtype": "float33"}, "Unknown dtype 'float33'"),
     ({"feedback_axes": "time"}, "Unknown field 'feedback_axes': did you mean feedback_axis?"),
+    ({"preset": "gru"}, "preset is no field: use FeedbackConfig.preset('gru'"),
     ({"backbone_config": 7}, "backbone_config is 7; give the name of a family, a dictionary or a config"),
     ({"backbone_config": {"head_dim": 3}}, "head_dim of backbone_config is 3; rotary positions need an even number"),
     ({"backbone_config": {"rope_parameters": {"rope_type": "no"}}}, "Unknown rope_type 'no' in backbone_config"),
@@ -204,6 +206,13 @@ def test_images_and_series_of_another_shape():
         model(torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match="needs at least two time steps"):
         build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("head", [FeedbackForSequenceClassification, FeedbackForTokenClassification])
+def test_labels_of_more_classes(head):
+    labels = torch.full((2,) if head is FeedbackForSequenceClassification else (2, 13), 5)
+    with pytest.raises(ValueError, match="labels go up to 5 and num_labels is 2: set num_labels"):
+        build(head, num_labels=2)(tokens(), labels=labels)
 
 
 def test_no_token_embeddings_in_a_model_of_images():

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
 
 from feedback_transformers import retrofit, unretrofit
+from feedback_transformers.models.configuration_feedback import PRESETS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 METRICS = {
@@ -170,6 +171,13 @@ def test_arguments_in_a_json_file(tmp_path):
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 1
 
 
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("gru", "tiny-recursive")])
+def test_every_causal_preset_trains(preset, tmp_path):
+    """Also those that go position by position, with no passes to draw."""
+    run("run_clm", "--preset", preset, "--max_steps", 1, "--eval_strategy", "no", "--output_dir", tmp_path)
+    assert "eval_loss" in results(tmp_path)
+
+
 # Going on
 
 
@@ -265,7 +273,10 @@ def test_too_few_examples_to_split(tmp_path):
     [
         (["--train_file", "nowhere.txt"], FileNotFoundError, "nowhere.txt does not exist"),
         (["--train_file", __file__], ValueError, "it must be one of txt, csv"),
-        (["--config_overrides", "width=3"], ValueError, "not of the form name=value, with a name of FeedbackConfig"),
+        (["--config_overrides", "width=3"], ValueError, "Unknown field 'width' in config_overrides: it must be"),
+        (["--config_overrides", "hiden_size=64"], ValueError, "did you mean hidden_size"),
+        (["--dataset_name", "shakespear"], ValueError, "did you mean shakespeare"),
+        (["--model_name_or_path", "me/it", "--preset", "gru"], ValueError, "preset and config_overrides are of a new"),
         (["--config_overrides", "hidden_size"], ValueError, "not of the form name=value"),
         (["--preset", "transformer-9000"], ValueError, "Unknown preset 'transformer-9000'; choose one of"),
         (["--min_feedback_steps", "5", "--max_feedback_steps", "2"], ValueError, "1 <= minimum <= maximum"),

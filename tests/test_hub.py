@@ -12,7 +12,7 @@ import torch
 from conftest import PAD, PRESETS_MEMORY, assert_close, build, make_tokenizer, tokens
 from safetensors.torch import load_file, save_file
 from test_heads import HEADS, inputs_of
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackForImageClassification, hub
 from feedback_transformers.models.configuration_feedback import AUTO_MAP, MODELING
@@ -143,6 +143,20 @@ def test_export_with_tokenizer_and_card(tmp_path):
     for part in ("library_name: transformers", "pipeline_tag: text-generation", "4.25", "topics", "make it"):
         assert part in card
     assert f"{model.num_parameters():,}" in card
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a checkpoint of a llama model.*feedback_transformers.retrofit"):
+        FeedbackForCausalLM.from_pretrained(tmp_path)
+
+
+def test_what_cannot_go_along_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="results holds loss='low', which is not a number"):
+        hub.describe(build(), results={"loss": "low"})
+    with pytest.raises(FileNotFoundError, match="There is no plot nowhere.png"):
+        hub.describe(build(), plots=["nowhere.png"])
 
 
 def test_registration_is_idempotent():

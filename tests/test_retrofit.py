@@ -370,7 +370,7 @@ def test_from_a_folder(tmp_path):
 
 def test_refuses_what_it_cannot_do():
     fields = {"num_hidden_layers": 2, "hidden_size": 32, "ffn_dim": 32, "num_attention_heads": 2, "vocab_size": 50}
-    with pytest.raises(ValueError, match="A opt model can't be retrofitted; these can: llama"):
+    with pytest.raises(ValueError, match="Models of type opt can't be retrofitted; these can: llama"):
         retrofit(OPTForCausalLM(OPTConfig(**fields, word_embed_proj_dim=32)), 1)
     with pytest.raises(ValueError, match="leave 0 of 5"):
         retrofit(original("llama"), 3, 2)

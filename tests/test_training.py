@@ -253,6 +253,15 @@ def test_the_curriculum_is_linear():
             SampleFeedbackSteps(1, 5, share)
 
 
+def test_without_passes_there_is_nothing_to_draw(tmp_path):
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_attention_heads=2))
+    for model, sentence in ((plain, "no feedback steps to draw"), (build(feedback_axis="time"), "set config.solver")):
+        arguments = TrainingArguments(tmp_path, use_cpu=True)
+        trainer = Trainer(model, arguments, train_dataset=[{}], callbacks=[SampleFeedbackSteps(1, 2)])
+        with pytest.raises(ValueError, match=sentence):
+            trainer.train()
+
+
 class CountPasses(TrainerCallback):
     """Counts the passes of each forward, by the calls of the cell."""
 

@@ -82,6 +82,7 @@ def run(family: str, name: str, seed: int, seconds: float = TRAINING, number: in
             ids = tokens("python-docs", "train", tokenizer)
             cached = {shared: cached_perplexity(model, ids, shared) for shared in ("own", "shared")}
     return {
+        "recipe": {"seconds": seconds, "batch": BATCH, "ordinary": ORDINARY, "keeping": KEEPING, "idle": IDLE},
         "parameters": trained_parameters(model),
         "steps": steps,
         "loss": sum(losses[-20:]) / len(losses[-20:]),

@@ -204,6 +204,15 @@ class FeedbackClassifier(FeedbackHead):
         """Whether a prediction is a choice among classes, as far as the config says."""
         return self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
 
+    def check_labels(self, labels: Tensor) -> None:
+        """On a CPU, where it costs nothing, in words of the config; elsewhere the loss stops in its own way."""
+        if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.is_floating_point():
+            return
+        if self.single_label and labels.numel() and (high := int(labels.max())) >= self.num_labels:
+            raise ValueError(
+                f"labels go up to {high} and num_labels is {self.num_labels}: set num_labels in the config."
+            )
+
     def num_outputs(self, config: FeedbackConfig) -> int:
         return len(cast(dict, config.id2label))
 
@@ -251,6 +260,7 @@ class FeedbackClassifier(FeedbackHead):
 
         loss = None
         if labels is not None:
+            self.check_labels(labels)
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
                 if not self.single_label or labels.is_floating_point():

@@ -122,6 +122,7 @@ class FeedbackForTokenClassification(FeedbackClassifier):
         outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
         loss = None
         if labels is not None:
+            self.check_labels(labels)
             loss = self.mean_loss(
                 lambda y: self.loss_function(self.classifier(y), labels, self.config, **kwargs),
                 outputs,

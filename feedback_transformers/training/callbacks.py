@@ -43,6 +43,21 @@ class SampleFeedbackSteps(TrainerCallback):
             return self.maximum
         return self.minimum + int((self.maximum - self.minimum) * progress / self.curriculum)
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        loops = [module for module in model.modules() if isinstance(module, FeedbackLoop)]
+        if not loops:
+            raise ValueError(
+                f"This {type(model).__name__} has no feedback steps to draw: make a feedback model of it with "
+                "feedback_transformers.retrofit, or leave SampleFeedbackSteps out."
+            )
+        if not all(loop.config.in_passes or loop.config.feedback_signal == "none" for loop in loops):
+            raise ValueError(
+                "This model goes position by position and makes no passes to draw: set config.solver='jacobi', or "
+                "leave SampleFeedbackSteps out."
+            )
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:

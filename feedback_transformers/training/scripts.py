@@ -12,13 +12,14 @@ import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch.distributed.fsdp import FSDPModule
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from .. import data, hub
 from ..models.configuration_feedback import PRESETS, FeedbackConfig
@@ -73,6 +74,7 @@ class DataArguments:
         elif self.dataset_name in data.DATASETS:
             dataset = data.load(self.dataset_name)
         else:
+            self._refuse_misspelled()
             dataset = load_dataset(self.dataset_name, self.dataset_config_name)
         for split, rows in dataset.items():
             if len(rows) == 0:
@@ -101,10 +103,15 @@ class DataArguments:
         elif self.dataset_name in data.DATASETS:
             dataset = {name: rows.to_iterable_dataset() for name, rows in data.load(self.dataset_name).items()}
         else:
+            self._refuse_misspelled()
             dataset = load_dataset(self.dataset_name, self.dataset_config_name, streaming=True)
         if not {"train", "validation"} <= dataset.keys():
             raise ValueError("A stream can't be split: give --train_file and --validation_file.")
         return IterableDatasetDict(dataset)
+
+    def _refuse_misspelled(self) -> None:
+        if close := get_close_matches(str(self.dataset_name), data.DATASETS, n=1, cutoff=0.8):
+            raise ValueError(f"Unknown data set {self.dataset_name!r}: did you mean {close[0]}?")
 
     def limit(self, dataset: DatasetDict) -> DatasetDict:
         """At most `max_train_samples` and `max_eval_samples` of it."""
@@ -167,6 +174,10 @@ class ModelArguments:
     )
     max_feedback_steps: int | None = field(default=None, metadata={"help": "the least and the most of them."})
 
+    def __post_init__(self) -> None:
+        if self.model_name_or_path and (self.preset or self.config_overrides):
+            raise ValueError("preset and config_overrides are of a new model: leave them out with model_name_or_path.")
+
     @property
     def hub_options(self) -> dict[str, Any]:
         """For every from_pretrained of the checkpoint."""
@@ -181,15 +192,24 @@ class ModelArguments:
         return FeedbackConfig(**{**sizes, **chosen, **overrides(self.config_overrides)})
 
 
+def draws_steps(model_args: ModelArguments, model: PreTrainedModel) -> bool:
+    """Whether to train with drawn numbers of passes: a model without a loop, or position by position, has none."""
+    given = model_args.min_feedback_steps and model_args.max_feedback_steps
+    return bool(given) and getattr(model.config, "in_passes", False)
+
+
 def overrides(text: str | None) -> dict[str, Any]:
     """hidden_size=256,is_causal=false,solver=jacobi -> the fields of FeedbackConfig by name"""
+    known = [f.name for f in fields(FeedbackConfig)]
     result: dict[str, Any] = {}
     for pair in filter(None, (text or "").split(",")):
         name, equals, value = (part.strip() for part in pair.partition("="))
-        if not equals or name not in {f.name for f in fields(FeedbackConfig)}:
-            raise ValueError(
-                f"{pair!r} in config_overrides is not of the form name=value, with a name of FeedbackConfig."
-            )
+        if not equals:
+            raise ValueError(f"{pair!r} in config_overrides is not of the form name=value.")
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "it must be one of FeedbackConfig."
+            raise ValueError(f"Unknown field {name!r} in config_overrides: {hint}")
         try:
             result[name] = ast.literal_eval(value.title() if value in ("true", "false") else value)
         except (ValueError, SyntaxError):
@@ -213,13 +233,19 @@ def parse(
     if any(issubclass(kind, TrainingArguments) for kind in types):
         pin = torch.accelerator.is_available()  # without one, PyTorch warns
         defaults = {**TRAINING, "dataloader_pin_memory": pin, **defaults}
+    small = dict(smoke or {})
     if len(given) == 1 and given[0].endswith(".json"):
         values = json.loads(Path(given[0]).read_text(encoding="utf-8"))
-        parsed = parser.parse_dict({**defaults, **(smoke or {} if values.get("smoke") else {}), **values})
+        if values.get("model_name_or_path"):
+            small.pop("config_overrides", None)  # its sizes are those of the checkpoint
+        parsed = parser.parse_dict({**defaults, **(small if values.get("smoke") else {}), **values})
     else:
         parser.set_defaults(**defaults)
-        if parser.parse_known_args(given)[0].smoke:
-            parser.set_defaults(**(smoke or {}))
+        known = parser.parse_known_args(given)[0]
+        if getattr(known, "model_name_or_path", None):
+            small.pop("config_overrides", None)
+        if known.smoke:
+            parser.set_defaults(**small)
         parsed = parser.parse_args_into_dataclasses(given)
     if any(isinstance(args, TrainingArguments) and args.push_to_hub and args.hub_token for args in parsed):
         raise ValueError(
