@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -267,6 +268,7 @@ class CardCallback(TrainerCallback):
         name = Path(trainer.args.hub_model_id or trainer.args.output_dir or "feedback model").name
         self.trainer, self.card = trainer, {"name": name, "dataset": dataset, **card}
         self.results: dict[str, float] = {}
+        self.drawn = TemporaryDirectory()  # not in output_dir, which an upload may be reading in the background
         self.create_model_card, trainer.create_model_card = trainer.create_model_card, self.write  # type: ignore
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -296,7 +298,7 @@ class CardCallback(TrainerCallback):
     def describe(self) -> None:
         """So that the model's own push_to_hub is complete too."""
         if isinstance(self.model(), FeedbackPreTrainedModel) and self.trainer.is_world_process_zero():
-            plots = draw_losses(self.trainer.state.log_history, self.trainer.args.output_dir or ".")
+            plots = draw_losses(self.trainer.state.log_history, self.drawn.name)
             describe(self.model(), self.trainer.processing_class, self.results, plots, **self.card)
 
     def write(self, **kwargs: Any) -> None:

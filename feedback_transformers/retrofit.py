@@ -219,11 +219,11 @@ def take_classifier(made: FeedbackForSequenceClassification, original: Any) -> N
     if hasattr(head, "out_proj"):
         cast(Any, made.model.pooler).dense = share(head.dense)
         head = head.out_proj
-    made.classifier = share(head)
-    if made.classifier.bias is None:
+    readout = share(head)
+    if readout.bias is None:
         weight: Any = original.get_input_embeddings().weight
-        zeros = torch.zeros(made.classifier.out_features, dtype=weight.dtype, device=weight.device)
-        made.classifier.bias = nn.Parameter(zeros)
+        readout.bias = nn.Parameter(torch.zeros(readout.out_features, dtype=weight.dtype, device=weight.device))
+    made.classifier = readout
 
 
 def give_classifier(model: FeedbackForSequenceClassification, original: Any) -> None:

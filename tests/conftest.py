@@ -84,11 +84,11 @@ def tiny(**fields) -> FeedbackConfig:
 
 
 def build(head=FeedbackForCausalLM, **fields):
-    """A fresh model of a tiny config, with biases that are not zero, in evaluation mode."""
+    """A fresh model of a tiny config, with no biases that are zero, nor a halting that is, in evaluation mode."""
     torch.manual_seed(0)
     model = head(tiny(**fields))
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
+        if name.endswith(("bias", "halt_proj.weight")):
             torch.nn.init.normal_(parameter, std=0.1)
     return model.eval()
 

@@ -152,6 +152,7 @@ INPUTS = [
     ({"input_ids": tokens(), "num_feedback_steps": -1}, "num_feedback_steps is -1"),
     ({"input_ids": tokens(), "num_feedback_steps": 2.5}, "num_feedback_steps is 2.5"),
     ({"input_ids": tokens(), "past_key_values": DynamicCache()}, "must be a FeedbackCache, not DynamicCache"),
+    ({"input_ids": tokens(), "output_attentions": True}, "Attention weights are not returned"),
 ]
 
 

@@ -82,6 +82,13 @@ def test_num_hidden_layers_is_not_inflated():
     assert config.num_feedback_layers == 3
 
 
+@pytest.mark.parametrize("backbone", ["llama", "qwen2", "qwen3"])
+def test_more_layers_than_it_was_made_with(backbone, tmp_path):
+    tiny(backbone_config=backbone).save_pretrained(tmp_path)
+    config = FeedbackConfig.from_pretrained(tmp_path, num_feedback_layers=3)
+    assert len(FeedbackForCausalLM(config).model.loop.cell.layers) == 3
+
+
 def test_labels(tmp_path):
     config = tiny(num_labels=5)
     config.save_pretrained(tmp_path)

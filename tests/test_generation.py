@@ -294,6 +294,15 @@ def test_image_classification_pipeline():
     assert best["label"] == f"LABEL_{logits.argmax().item()}"
 
 
+def test_what_generate_collects():
+    model = build(FeedbackForConditionalGeneration, is_encoder_decoder=True, decoder_start_token_id=BOS)
+    options = {"max_new_tokens": 3, "return_dict_in_generate": True}
+    assert len(model.generate(tokens(), output_hidden_states=True, **options).decoder_hidden_states) == 3
+    for each in (model, build()):
+        with pytest.raises(ValueError, match="Attention weights are not returned"):
+            each.generate(tokens(), output_attentions=True, **options)
+
+
 def test_generate_is_of_the_heads_that_write():
     assert build(FeedbackForCausalLM).can_generate()
     assert seq2seq().can_generate()

@@ -183,6 +183,30 @@ def test_sequence_classification_reads_the_last_real_token():
         assert_close(model(padded).logits, alone)
 
 
+@pytest.mark.parametrize("head", [head for head in HEADS if head is not FeedbackForConditionalGeneration])
+def test_a_source_is_for_sequence_to_sequence(head):
+    fields = HEADS[head] | {"is_encoder_decoder": True, "is_causal": True}
+    with pytest.raises(ValueError, match="is_encoder_decoder"):
+        build(head, **fields)(tokens())
+
+
+def test_the_first_loss_leaves_a_multi_label_model_as_it_is():
+    """transformers reads the problem off the labels in the loss, when a prediction has been fed back already."""
+    fields = {"num_labels": 3, "feedback_signal": "output", "num_feedback_steps": 3}
+    model, labels = build(FeedbackForSequenceClassification, **fields), torch.tensor([[1.0, 0, 1], [0, 0, 1]])
+    assert torch.equal(model(tokens(), labels=labels).loss, model(tokens(), labels=labels).loss)
+
+
+@pytest.mark.parametrize("head", [FeedbackForImageClassification, FeedbackForTimeSeriesPrediction])
+def test_half_precision_takes_whole_numbers(head):
+    inputs = {
+        FeedbackForImageClassification: {"pixel_values": torch.rand(2, 1, 8, 8)},
+        FeedbackForTimeSeriesPrediction: {"past_values": torch.rand(2, 9)},
+    }[head]
+    model = build(head, **HEADS[head])
+    assert_close(model.to(torch.bfloat16)(**inputs)[0].float(), model.float()(**inputs)[0], 0.1)
+
+
 def test_question_answering_loss():
     model, inputs = build(FeedbackForQuestionAnswering, is_causal=False), inputs_of(FeedbackForQuestionAnswering)
     outputs = model(**inputs)

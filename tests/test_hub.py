@@ -14,7 +14,14 @@ from safetensors.torch import load_file, save_file
 from test_heads import HEADS, inputs_of
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackForImageClassification, hub
+from feedback_transformers import (
+    FeedbackConfig,
+    FeedbackForCausalLM,
+    FeedbackForImageClassification,
+    FeedbackForQuestionAnswering,
+    FeedbackForTokenClassification,
+    hub,
+)
 from feedback_transformers.models.configuration_feedback import AUTO_MAP, MODELING
 
 # Runs where feedback_transformers can't be imported; argv: the folder that holds a folder for each head.
@@ -262,6 +269,27 @@ def test_weights_of_another_size_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="(?i)mismatch"):
         FeedbackForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "names"),
+    [
+        (FeedbackForTokenClassification, {"feedback_classifier.": "feedback."}),
+        (FeedbackForQuestionAnswering, {"qa_outputs.": "classifier.", "feedback_qa_outputs.": "feedback."}),
+    ],
+)
+def test_names_of_weights_before_a_release(head, names, tmp_path):
+    """What was saved under them loads, and is saved under the new ones."""
+    model = build(head, feedback_signal="output")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    weights = load_file(tmp_path / "model.safetensors")
+    for new, old in names.items():
+        for key in [key for key in weights if key.startswith(new)]:
+            weights[key.replace(new, old)] = weights.pop(key)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    again = head.from_pretrained(tmp_path)
+    assert torch.equal(again(tokens())[0], model(tokens())[0])
 
 
 def test_newer_format_is_refused(tmp_path):

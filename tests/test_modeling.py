@@ -610,6 +610,19 @@ def test_compiled_pass_equals_eager(cell):
         assert_close(actual, expected, 1e-5)
 
 
+def test_compiled_with_a_mask_equals_eager():
+    """In one graph, which can't look at the mask."""
+    model = build(decoder_type="mlp")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for side in ("left", "right"):
+        batch, mask = pad(tokens(2, 8), [8, 5], side)
+        with torch.no_grad():
+            expected = model(batch, attention_mask=mask, use_cache=False).logits
+            actual = compiled(batch, attention_mask=mask, use_cache=False).logits
+        assert_close(actual[mask.bool()], expected[mask.bool()], 1e-5)
+
+
 @pytest.mark.parametrize(
     "fields", [{"feedback_type": "gru", "feedback_axis": "time"}, {"feedback_type": "transformer"}]
 )

@@ -9,7 +9,13 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from feedback_transformers import LORA_TARGETS, FeedbackForSequenceClassification
+from feedback_transformers import (
+    LORA_TARGETS,
+    FeedbackForCausalLM,
+    FeedbackForQuestionAnswering,
+    FeedbackForSequenceClassification,
+    FeedbackForTokenClassification,
+)
 from feedback_transformers.models.feedback_cells import CELLS
 
 
@@ -189,14 +195,37 @@ def test_gradient_checkpointing(cell, axis):
         torch.testing.assert_close(checkpointed, plain, atol=1e-5, rtol=1e-4)
 
 
-def test_classifier_keeps_its_head(tmp_path):
-    fields = {"num_labels": 3, "feedback_type": "gru"}
-    adapted = adapt(build(FeedbackForSequenceClassification, **fields), random=True, task_type="SEQ_CLS")
+@pytest.mark.parametrize("signal", ["state", "output"])
+@pytest.mark.parametrize(
+    ("head", "task"),
+    [
+        (FeedbackForSequenceClassification, "SEQ_CLS"),
+        (FeedbackForTokenClassification, "TOKEN_CLS"),
+        (FeedbackForQuestionAnswering, "QUESTION_ANS"),
+    ],
+)
+def test_classifier_keeps_its_head(head, task, signal, tmp_path):
+    """Which is drawn anew each time that the language model below is loaded, as is the way back of its prediction."""
+    build(feedback_type="gru", feedback_signal=signal).save_pretrained(tmp_path / "below")
+    adapted = adapt(head.from_pretrained(tmp_path / "below"), random=True, task_type=task)
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert any("classifier" in name for name in trained)
-    adapted.save_pretrained(tmp_path)
-    reloaded = PeftModel.from_pretrained(build(FeedbackForSequenceClassification, **fields), tmp_path).eval()
-    assert_close(reloaded(input_ids=tokens()).logits, adapted(input_ids=tokens()).logits, 1e-6)
+    assert any(f".{head.readout_name}." in name for name in trained)
+    assert any(f".feedback_{head.readout_name}." in name for name in trained) == (signal == "output")
+    adapted.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(1)
+    again = PeftModel.from_pretrained(head.from_pretrained(tmp_path / "below"), tmp_path / "adapter").eval()
+    assert_close(again(input_ids=tokens())[0], adapted(input_ids=tokens())[0], 1e-6)
+
+
+@pytest.mark.parametrize("halting", ["learned", "act"])
+def test_a_halting_that_is_new_is_the_same_each_time(halting, tmp_path):
+    build().save_pretrained(tmp_path)
+    logits = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = FeedbackForCausalLM.from_pretrained(tmp_path, halting=halting, num_feedback_steps=4)
+        logits.append(model(tokens()).logits)
+    assert torch.equal(*logits)
 
 
 def test_combinations_are_all_there():

@@ -216,6 +216,33 @@ def test_lora_on_every_part(family, axis, tmp_path):
     assert_close(answer(again.merge_and_unload(), batch), changed)
 
 
+@pytest.mark.parametrize("connection", ["gate", "add", "concat"])
+def test_adapters_alone_find_the_same_model_again(connection, tmp_path):
+    """Without the connection among the modules to save: a closed one is always the same."""
+    logits = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = retrofit(original("llama"), 1, 2, 3, feedback_connection=connection)
+        if seed == 0:
+            adapted = get_peft_model(model, LoraConfig(r=2, task_type="CAUSAL_LM"))
+            for parameter in filter(lambda p: p.requires_grad, adapted.parameters()):
+                torch.nn.init.normal_(parameter, std=0.2)
+            adapted.save_pretrained(tmp_path)
+        else:
+            adapted = PeftModel.from_pretrained(model, tmp_path)
+        logits.append(answer(adapted.eval(), tokens(2, 19)))
+    assert_close(*logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_classifier_without_a_mask(family):
+    """Padding, also within the text, is read as the original reads it."""
+    before = original(family, AutoModelForSequenceClassification, num_labels=3)
+    batch = tokens(3, 19)
+    batch[0, 5], batch[1, -4:] = SIZES["pad_token_id"], SIZES["pad_token_id"]
+    assert_close(answer(retrofit(before, 1, 2, 3), batch), answer(before, batch))
+
+
 @pytest.mark.parametrize("family", [name for name in CAUSAL if name not in ("smollm3", "olmo2")])
 def test_classifier(family):
     torch.manual_seed(0)

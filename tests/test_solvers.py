@@ -44,7 +44,7 @@ def assert_agree(actual, expected, batch) -> None:
 
 @each_cell
 @pytest.mark.parametrize("signal", ["state", "output"])
-@pytest.mark.parametrize(("interval", "block"), [(1, 1), (1, 4), (2, 4), (3, 4), (4, 2), (1, 64)])
+@pytest.mark.parametrize(("interval", "block"), [(1, 1), (1, 4), (2, 4), (3, 4), (4, 2), (3, 2), (5, 3), (1, 64)])
 def test_gauss_seidel_equals_sequential(cell, signal, interval, block):
     """A block needs as many passes as it has chunks, and the blocks before it those as well: blocks of one
     position need a single pass, one block of all positions is Jacobi's iteration."""
@@ -53,6 +53,87 @@ def test_gauss_seidel_equals_sequential(cell, signal, interval, block):
     passes = 1 if block == 1 else 9
     blocks = with_weights_of(sequential, **BLOCKS, solver_block_size=block, solver_steps=passes, **fields)
     assert_agree(blocks, sequential, batch)
+
+
+@pytest.mark.parametrize("solver", ["jacobi", "sequential"])
+def test_a_solver_may_be_changed_on_a_model(solver):
+    """As it says itself where passes are asked for that it does not make."""
+    model = build(**TIME, feedback_connection="memory", solver=solver, solver_steps=13)
+    other = with_weights_of(model, **TIME, feedback_connection="memory", solver_steps=13)
+    for name in ("jacobi", "sequential"):
+        model.config.solver = name
+        assert_close(model(tokens()).logits, other(tokens()).logits, 1e-5)
+
+
+def test_shared_memory_within_a_window():
+    """Jacobi's passes see as far back as position by position."""
+    fields = {
+        **TIME,
+        "feedback_connection": "memory",
+        "backbone_config": {"model_type": "mistral", "sliding_window": 3},
+    }
+    sequential, batch = build(**fields), tokens()
+    passes = with_weights_of(sequential, **fields, solver="jacobi", solver_steps=13)
+    whole = with_weights_of(sequential, **{**fields, "backbone_config": "mistral"})
+    assert_close(passes(batch).logits, sequential(batch).logits, 1e-5)
+    assert (whole(batch).logits - sequential(batch).logits).abs().max() > 1e-3
+    first = passes(batch[:, :6], use_cache=True)
+    rest = passes(batch[:, 6:], past_key_values=first.past_key_values)
+    assert_close(torch.cat([first.logits, rest.logits], dim=1), sequential(batch).logits, 1e-5)
+
+
+def test_more_steps_of_gradient_than_passes():
+    fields = {**TIME, "solver": "jacobi", "solver_steps": 6, "solver_tolerance": 1.0}
+    made = [build(**fields, gradient_steps=steps)(tokens()).num_feedback_steps.max() for steps in (None, 6, 7)]
+    assert made[0] == made[1] == made[2] < 6
+
+
+def test_settings_of_halting_may_be_changed_on_a_model():
+    fields = {"num_feedback_steps": 5, "halting": "converged"}
+    model, batch = build(initializer_range=0.3, **fields, halting_threshold=1e-3), tokens()
+    model.config.halting_threshold = 0.9
+    other = with_weights_of(model, **fields, halting_threshold=0.9)
+    assert torch.equal(model(batch).num_feedback_steps, other(batch).num_feedback_steps)
+    model.config.halting = "fixed"
+    with pytest.raises(ValueError, match="config.halting is 'fixed', for which this model was not made"):
+        model(batch)
+
+
+@pytest.mark.parametrize("halting", ["learned", "act"])
+def test_halting_costs_the_same_in_parts(halting):
+    """Of gradient accumulation, with rows of which little is a target."""
+    model, batch = build(num_feedback_steps=4, halting=halting, halting_weight=1.0).train(), tokens(4)
+    labels = batch.clone()
+    labels[0, :-1] = -100
+    whole = gradients(model, batch) | {}
+    model.zero_grad()
+    total, count = 0.0, (labels[:, 1:] != -100).sum()
+    loss = model(batch, labels=labels).loss
+    loss.backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for rows in (slice(0, 1), slice(1, 4)):
+        part = model(batch[rows], labels=labels[rows], num_items_in_batch=count).loss
+        part.backward()
+        total = total + part.detach()
+    assert_close(total, loss, 1e-5)
+    for gradient, parameter in zip(whole, model.parameters(), strict=True):
+        assert_close(parameter.grad, gradient, 1e-5)
+
+
+def test_learned_halting_leaves_out_rows_without_a_label():
+    model = build(FeedbackForSequenceClassification, num_labels=3, num_feedback_steps=3, halting="learned").train()
+    batch, labels = tokens(4), torch.tensor([0, -100, -100, 2])
+    known = labels != -100
+    assert_close(model(batch, labels=labels).loss, model(batch[known], labels=labels[known]).loss, 1e-6)
+
+
+@pytest.mark.parametrize("fields", [{}, {"solver": "jacobi", "solver_steps": 3}])
+def test_every_weight_has_a_gradient_with_a_truncated_one(fields):
+    """DDP waits for each."""
+    model = build(**TIME, feedback_connection="memory", gradient_steps=1, **fields).train()
+    model(tokens(), labels=tokens()).loss.backward()
+    assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
 @each_cell
@@ -230,7 +311,7 @@ def test_learned_halting_is_pondernet():
         expected = expected + (weight[:, :-1] * losses).mean()
     prior = torch.tensor([0.3 * 0.7**k for k in range(4)])
     prior = (prior / prior.sum())[:, None, None]
-    expected = expected + 0.7 * (p * (p / prior).log()).sum(0).mean()
+    expected = expected + 0.7 * (p * (p / prior).log()).sum(0)[:, :-1].mean()  # of the positions with a target
     assert_close(loss, expected, 1e-5)
     loss.backward()
     assert model.model.loop.halting.halt_proj.weight.grad.abs().max() > 1e-4
@@ -312,7 +393,7 @@ def test_act_reads_the_mean_of_its_states():
     assert steps.min() < steps.max()
     assert_close(halted.logits, model.lm_head(model.model.norm(mean)), 1e-5)
     plain = F.cross_entropy(halted.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-    assert_close(model.train()(batch, labels=batch).loss, plain + 0.3 * (steps + rest).mean(), 1e-5)
+    assert_close(model.train()(batch, labels=batch).loss, plain + 0.3 * (steps + rest)[:, :-1].mean(), 1e-5)
 
 
 def test_learned_halting_of_a_classifier():

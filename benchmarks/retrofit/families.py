@@ -47,24 +47,19 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    make: Callable[..., Example]  # with that many steps and, where idle, so many more that change nothing
+    make: Callable[[random.Random, int], Example]  # with that many steps
     # Of a guess among the possible answers. To leave cups or people where they began is right more often, in
     # 1/5 + 4/5 / 2**steps of the cases.
     chance: float
-    idle: bool = True
 
-    def examples(self, steps: int, number: int, seed: int, idle: int = 0) -> list[Example]:
-        """That many examples, the same at every call; for the test where the seed is TEST_SEED or more.
-
-        `idle` lengthens them by so many steps that change nothing, where the family has them: a model then meets long
-        prompts in training without meeting more steps of reasoning.
-        """
+    def examples(self, steps: int, number: int, seed: int) -> list[Example]:
+        """That many examples, the same at every call; for the test where the seed is TEST_SEED or more."""
         if steps < 1:
             raise ValueError(f"steps is {steps}, but must be at least 1.")
         generator = random.Random(f"{steps} {seed}")
         found: list[Example] = []
         while len(found) < number:
-            example = self.make(generator, steps, idle) if self.idle else self.make(generator, steps)
+            example = self.make(generator, steps)
             if for_test(example.prompt) == (seed >= TEST_SEED):
                 found.append(example)
         return found
@@ -88,10 +83,9 @@ def chains(generator: random.Random, steps: int) -> Example:
     return Example(f"Let {' '.join(statements)} {names[steps - 1]} = ", values[0])
 
 
-def cups(generator: random.Random, steps: int, idle: int = 0) -> Example:
-    """The cup, one of 5, with the ball after `steps` swaps of two cups; an idle one swaps a cup with itself."""
+def cups(generator: random.Random, steps: int) -> Example:
+    """The cup, one of 5, with the ball after `steps` swaps of two cups."""
     start, pairs = generator.choice(CUPS), [generator.sample(CUPS, 2) for _ in range(steps)]
-    scatter(generator, pairs, [[cup, cup] for cup in generator.choices(CUPS, k=idle)])
     text = f"ball {start}."
     states = [(len(text), start)]
     for i, (one, other) in enumerate(pairs):
@@ -100,10 +94,9 @@ def cups(generator: random.Random, steps: int, idle: int = 0) -> Example:
     return Example(f"{text} ball ", states[-1][1], tuple(states))
 
 
-def sums(generator: random.Random, steps: int, idle: int = 0) -> Example:
-    """The sum modulo 10 of `steps` + 1 digits, and of idle zeros."""
+def sums(generator: random.Random, steps: int) -> Example:
+    """The sum modulo 10 of `steps` + 1 digits."""
     digits = [generator.randrange(10) for _ in range(steps + 1)]
-    scatter(generator, digits, [0] * idle)
     text = f"mod 10: {digits[0]}"
     states = [(len(text), str(digits[0]))]
     for i in range(1, len(digits)):
@@ -112,22 +105,15 @@ def sums(generator: random.Random, steps: int, idle: int = 0) -> Example:
     return Example(f"{text} = ", states[-1][1], tuple(states))
 
 
-def swaps(generator: random.Random, steps: int, idle: int = 0) -> Example:
-    """Who, of 5 people in a line, stands at a place after `steps` swaps of two people; an idle one is with oneself.
+def swaps(generator: random.Random, steps: int) -> Example:
+    """Who, of 5 people in a line, stands at a place after `steps` swaps of two people.
 
     The place is asked at the end: up to there, all places have to be followed.
     """
     line, place = generator.sample(PEOPLE, len(PEOPLE)), generator.randrange(len(PLACES))
     pairs = [generator.sample(PEOPLE, 2) for _ in range(steps)]
-    scatter(generator, pairs, [[person, person] for person in generator.choices(PEOPLE, k=idle)])
     swaps = " ".join(f"swap {one} and {other}." for one, other in pairs)
     return Example(f"In line: {', '.join(line)}. {swaps} The {PLACES[place]} is", f" {follow(line[place], pairs)}")
-
-
-def scatter(generator: random.Random, steps: list[Any], idle: list[Any]) -> None:
-    """Puts the idle steps anywhere among the others."""
-    for step in idle:
-        steps.insert(generator.randint(0, len(steps)), step)
 
 
 def follow(at: str, pairs: list[list[str]]) -> str:
@@ -138,7 +124,7 @@ def follow(at: str, pairs: list[list[str]]) -> str:
 
 
 FAMILIES = {
-    "chains": Family(chains, chance=1 / CHAINS, idle=False),
+    "chains": Family(chains, chance=1 / CHAINS),
     "cups": Family(cups, chance=1 / len(CUPS)),
     "sums": Family(sums, chance=1 / 10),
     "swaps": Family(swaps, chance=1 / len(PEOPLE)),

@@ -248,6 +248,10 @@ class FeedbackConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuses, with a sentence that says what to change, what cannot be built."""
+        types = getattr(self.backbone_config, "layer_types", None)
+        layers = max(self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)
+        if types and len(types) < layers and self.retrofitted_from is None:  # set to more since it was made
+            self.backbone_config.layer_types = [types[0]] * layers
         check(self)
 
     @property

@@ -31,12 +31,12 @@ class RecurrentCell(RecurrentStack):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config, config.num_feedback_layers, kind=config.feedback_type)
-        self.newton_tolerance = (config.solver_tolerance or 1e-6) if config.solver == "newton" else None
+        self.config = config
 
     def run(self, cell: Any, x: Tensor, state: Any, context: Context) -> tuple[Tensor, Any]:
-        if self.newton_tolerance is None or x.shape[1] == 1:
+        if self.config.solver != "newton" or x.shape[1] == 1:
             return super().run(cell, x, state, context)
-        h, state, iterations = newton(cell, x, state, context.mask, self.newton_tolerance)
+        h, state, iterations = newton(cell, x, state, context.mask, self.config.solver_tolerance or 1e-6)
         context.iterations.append(iterations)
         return h, state
 
@@ -96,7 +96,7 @@ class MemoryTransformerCell(TransformerCell):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        self.in_passes = config.in_passes
+        self.config = config
         self.layer_weights = nn.Parameter(torch.empty(config.num_feedback_layers + 1))
 
     def init_parameters(self) -> None:
@@ -107,7 +107,7 @@ class MemoryTransformerCell(TransformerCell):
         if cache is None:
             raise ValueError("The shared memory lives in a cache; run the cell through FeedbackLoop.")
         *part, number = context.slot
-        past = cache.keys_values((*part, int(number) - int(self.in_passes), "memory"))
+        past = cache.keys_values((*part, int(number) - int(self.config.in_passes), "memory"))
         states = self.states(x, context, KeyValueSlots(cache, context.slot, shared=past or self.no_memory(x)))
         memory = torch.einsum("l,lbtd->btd", self.layer_weights.softmax(0).to(x.dtype), torch.stack(states))
         cache.update(*self.keys_values(memory, context), cache.index((*context.slot, "memory")))
@@ -115,13 +115,17 @@ class MemoryTransformerCell(TransformerCell):
 
     def attention_mask(self, x: Tensor, context: Context, kind: str) -> Any:
         """In passes the keys are the memory of all positions, of which each sees those before it, and x itself."""
-        if not self.in_passes:
+        if not self.config.in_passes:
             return super().attention_mask(x, context, kind)
         batch, length, _ = x.shape
         known = torch.ones(batch, length, context.offset + length, dtype=torch.bool, device=x.device)
         known = known.tril(context.offset - 1)
         if context.key_mask is not None:
             known = known & context.key_mask[:, None]
+        if kind == "sliding_attention":
+            real = known.new_ones(batch, known.shape[-1]) if context.key_mask is None else context.key_mask
+            places = real.cumsum(dim=1)
+            known = known & (places[:, context.offset :, None] - places[:, None] < self.backbone.sliding_window)
         itself = torch.eye(length, dtype=torch.bool, device=x.device).expand(batch, -1, -1)
         seen = itself if context.slot[-1] == 0 else torch.cat([known, itself], dim=-1)
         return x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(x.dtype).min)[:, None]

@@ -33,7 +33,8 @@ class GateConnection(nn.Module):
         return e + self.scale * gate * self.signal_proj(signal)
 
     def close(self) -> None:
-        nn.init.zeros_(self.signal_proj.weight)
+        for parameter in (self.signal_proj.weight, *self.gate_proj.parameters()):  # the same in every closed model
+            nn.init.zeros_(parameter)
 
 
 class AddConnection(nn.Module):

@@ -42,7 +42,8 @@ class PatchEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         if pixel_values.shape[1:] != self.shape:
             raise ValueError(f"pixel_values are {tuple(pixel_values.shape[1:])}; this model takes {self.shape}.")
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        pixels = pixel_values.to(self.projection.weight.dtype)
+        return self.projection(pixels).flatten(2).transpose(1, 2)
 
 
 class ValueEmbeddings(nn.Module):
@@ -53,7 +54,7 @@ class ValueEmbeddings(nn.Module):
         self.projection = nn.Linear(config.num_channels, config.hidden_size)
 
     def forward(self, values: Tensor) -> Tensor:
-        return self.projection(values)
+        return self.projection(values.to(self.projection.weight.dtype))
 
 
 EMBEDDINGS: dict[str, type[nn.Module]] = {

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
 
@@ -28,17 +29,42 @@ class Progress:
     log_p: Tensor | None = None  # [B, T, V] the last prediction
 
 
-class ConvergedHalting(nn.Module):
-    """Stops a position when its last pass changed little: |h_k - h_{k-1}| <= threshold |h_{k-1}| as in Geiping et al.
-    2025 (arXiv:2502.05171), or KL(p_k | p_{k-1}) <= threshold. Training makes all passes."""
+class HaltProjection(nn.Linear):
+    """What λ is the sigmoid of: λ = 1/2 at first, the same in every model that learns it anew, also where adapters
+    leave it frozen."""
 
-    threshold = 0.05
-    in_training = False  # whether positions stop in training too
+    def init_parameters(self) -> None:
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
+class Halting(nn.Module):
+    default_threshold: float
+    reads_prediction = False
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
-        self.threshold = config.halting_threshold or self.threshold
-        self.reads_prediction = config.halting_measure == "prediction"
+        self.config = config
+
+    @property
+    def threshold(self) -> float:
+        return self.config.halting_threshold or self.default_threshold
+
+    def loss(self, progress: Progress) -> Tensor | None:
+        """What training adds for each position, [B, T]."""
+        return None
+
+
+class ConvergedHalting(Halting):
+    """Stops a position when its last pass changed little: |h_k - h_{k-1}| <= threshold |h_{k-1}| as in Geiping et al.
+    2025 (arXiv:2502.05171), or KL(p_k | p_{k-1}) <= threshold. Training makes all passes."""
+
+    default_threshold = 0.05
+    in_training = False  # whether positions stop in training too
+
+    @property
+    def reads_prediction(self) -> bool:  # type: ignore[override]
+        return self.config.halting_measure == "prediction"
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         """Notes the pass that made h [B, T, D] of `before`, and predicts `logits` [B, T, V]."""
@@ -53,11 +79,8 @@ class ConvergedHalting(nn.Module):
             change = (h - before).float().norm(dim=-1)
             progress.running = progress.running & (change > self.threshold * before.float().norm(dim=-1))
 
-    def loss(self, progress: Progress, mask: Tensor | None) -> Tensor | None:
-        return None
 
-
-class LearnedHalting(nn.Module):
+class LearnedHalting(Halting):
     """PonderNet, Banino et al. 2021 (arXiv:2107.05407): a position stops at pass k with probability
 
     p_k = λ_k Π_{j<k} (1 - λ_j)    λ_k = σ(w h_k + b)    L = Σ_k p_k L_k + β KL(p | geometric prior)
@@ -65,15 +88,12 @@ class LearnedHalting(nn.Module):
     Training makes all passes; evaluation, where the paper draws, stops when p_1 + ... + p_k reaches the threshold.
     """
 
-    threshold = 0.5
+    default_threshold = 0.5
     in_training = False
-    reads_prediction = False
 
     def __init__(self, config: FeedbackConfig) -> None:
-        super().__init__()
-        self.threshold = config.halting_threshold or self.threshold
-        self.prior = config.halting_prior
-        self.halt_proj = nn.Linear(config.hidden_size, 1)
+        super().__init__(config)
+        self.halt_proj = HaltProjection(config.hidden_size, 1)
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
@@ -84,31 +104,29 @@ class LearnedHalting(nn.Module):
         else:
             progress.running = progress.running & (progress.spent < self.threshold)
 
-    def loss(self, progress: Progress, mask: Tensor | None) -> Tensor | None:
-        """Mean divergence from the prior, cut off at K passes, over the real positions."""
+    def loss(self, progress: Progress) -> Tensor | None:
+        """Divergence from the prior, cut off at K passes."""
         if not self.training:
             return None
         p = torch.stack(progress.probabilities)
         passes = torch.arange(len(p), device=p.device)
-        prior = (self.prior * (1 - self.prior) ** passes).float()
+        prior = (self.config.halting_prior * (1 - self.config.halting_prior) ** passes).float()
         log_prior = (prior / prior.sum()).log()[:, None, None]
         log_p = p.clamp(min=1e-12).log()  # p is 0 where λ is 1 before, and p log p has no gradient there
-        return _mean((p * (log_p - log_prior)).sum(dim=0), mask)
+        return (p * (log_p - log_prior)).sum(dim=0)
 
 
-class AdaptiveHalting(nn.Module):
+class AdaptiveHalting(Halting):
     """Adaptive computation time, Graves 2016 (arXiv:1603.08983): a position stops when its λ_k sum up to the
     threshold, the last one cut to what is left to 1, and reads Σ_k λ_k h_k. The loss has its passes, and what was left
     for the last one, added."""
 
-    threshold = 0.99
+    default_threshold = 0.99
     in_training = True
-    reads_prediction = False
 
     def __init__(self, config: FeedbackConfig) -> None:
-        super().__init__()
-        self.threshold = config.halting_threshold or self.threshold
-        self.halt_proj = nn.Linear(config.hidden_size, 1)
+        super().__init__(config)
+        self.halt_proj = HaltProjection(config.hidden_size, 1)
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
@@ -123,16 +141,9 @@ class AdaptiveHalting(nn.Module):
         progress.spent = progress.spent + p
         progress.running = progress.running & ~ends
 
-    def loss(self, progress: Progress, mask: Tensor | None) -> Tensor | None:
-        """Mean of passes + what was left, over the real positions; only the latter has a gradient."""
-        if not self.training:
-            return None
-        return _mean(progress.num_steps + progress.left_over, mask)
-
-
-def _mean(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Of [B, T], over the real positions."""
-    return x.mean() if mask is None else (x * mask).sum() / mask.sum()
+    def loss(self, progress: Progress) -> Tensor | None:
+        """Passes + what was left; only the latter has a gradient."""
+        return progress.num_steps + progress.left_over if self.training else None
 
 
 HALTING: dict[str, type[nn.Module]] = {

@@ -51,7 +51,7 @@ class LoopOutput(NamedTuple):
     outputs: list[Tensor]  # y [B, T, D], likewise
     num_steps: Tensor | None = None  # [B, T] passes that each position made, where they may stop before the last
     probabilities: list[Tensor] | None = None  # [B, T] of stopping at each pass, in training with learned halting
-    halting_loss: Tensor | None = None  # []
+    halting_loss: Tensor | None = None  # [B, T] of each position
 
 
 class FeedbackLoop(nn.Module):
@@ -69,9 +69,19 @@ class FeedbackLoop(nn.Module):
         self, e: Tensor, context: Context, readout: Readout, num_steps: int | None = None, every_step: bool = False
     ) -> LoopOutput:
         passes = self.num_passes(num_steps)
+        kind = HALTING.get(self.config.halting, type(None))
+        if type(self.halting) is not kind:
+            raise ValueError(
+                f"config.halting is {self.config.halting!r}, for which this model was not made: give it to "
+                "from_pretrained, or to the config before the model is made."
+            )
         if passes is None:
-            return self.over_positions(e, context, readout)
-        return self.over_passes(e, context, readout, passes, every_step)
+            made = self.over_positions(e, context, readout)
+        else:
+            made = self.over_passes(e, context, readout, passes, every_step)
+        if self.training:
+            made.outputs[-1] = self.touch(made.outputs[-1])
+        return made
 
     def num_passes(self, num_steps: int | None = None) -> int | None:
         """How many passes a call makes at most; None where it goes position by position."""
@@ -127,7 +137,7 @@ class FeedbackLoop(nn.Module):
             context = replace(context, cache=FeedbackCache())  # of this call
         progress = None if self.halting is None else begin(e, context.mask)
         every_step = every_step or (config.halting == "learned" and self.training)  # it weighs their losses
-        first = passes - (config.gradient_steps or passes)
+        first = max(0, passes - (config.gradient_steps or passes))
         resume = first if grad and first else passes  # after convergence: a truncated gradient wants its passes
         watched = every_step or progress is not None or config.solver_tolerance is not None
         segment = 1 if watched or not grad else self.segment(passes - first)
@@ -151,20 +161,18 @@ class FeedbackLoop(nn.Module):
                 number = resume
         h = made[-1].h if progress is None or progress.mean is None else progress.mean
         y = readout.decode(h, context.at("decoder", "last"))
-        if passes == 1 and self.training:
-            y = y + self.unread()
         states, outputs = [*(p.h for p in made[:-1]), h], [*(p.y for p in made[:-1]), y]
         if progress is None:
             fixed = config.solver_tolerance is None
             return LoopOutput(states, outputs, None if fixed else torch.full_like(context.position_ids, steps))
-        loss = self.halting.loss(progress, context.mask)
+        loss = self.halting.loss(progress)
         return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss)
 
-    def unread(self) -> Tensor | float:
-        """Zero, with a gradient for the weights that only a second pass reads: DDP waits for that of each weight."""
+    def touch(self, y: Tensor) -> Tensor:
+        """y, with a gradient of zero for the weights that only later steps read: DDP waits for that of each weight."""
         parts = [] if self.halting is None else [*self.halting.parameters()]
         weights = [*parts, getattr(self.cell, "layer_weights", None)]
-        return 0.0 * sum(p.sum() for p in weights if p is not None and p.requires_grad)
+        return y + sum(0.0 * p.sum() for p in weights if p is not None and p.requires_grad)
 
     @property
     def stops(self) -> bool:
@@ -316,7 +324,7 @@ class FeedbackLoop(nn.Module):
                     held if block == 1 else torch.where(((context.count + start) % block == 0)[:, None], held, given)
                 )
                 signal = given[:, None].expand(-1, stop - start, -1)
-                if block > interval:
+                if interval % block:  # some chunk ends within a block, where only the pass before tells its state
                     counts = context.count[:, None] + torch.arange(start, stop, device=e.device)
                     old = torch.zeros_like(signal) if shifted is None else shifted[:, start:stop]
                     signal = torch.where((counts % interval >= counts % block)[..., None], signal, old)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -53,7 +53,7 @@ class FeedbackModelOutput(ModelOutput):
             there is one pass, and its trajectory is last_hidden_state itself.
         num_feedback_steps: [B, T] passes that each position made, where `halting` or `solver_tolerance` may stop it.
         halting_probabilities: K of [B, T], of stopping after each pass, in training with learned halting.
-        halting_loss: [] what learned halting adds to the loss, before its weight.
+        halting_loss: [B, T] what learned halting adds to the loss of each position, before its weight.
     """
 
     last_hidden_state: Any = None
@@ -81,6 +81,8 @@ def check_download(folder: Path) -> int:
     return len(blobs)
 
 
+NO_ATTENTIONS = "Attention weights are not returned: leave output_attentions out."
+
 # What may be added to the body of a trained model, and so begins new; a head is outside of the body.
 ADDED = ("loop.halting.", "loop.cross_attention.")
 
@@ -106,6 +108,7 @@ class FeedbackPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
+    renamed: ClassVar[dict[str, str]] = {}  # weights of checkpoints of 0.1.0 that have other names now
     sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
 
     @classmethod
@@ -122,6 +125,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_sums(folder)
+        if cls.renamed:
+            kwargs["key_mapping"] = cls.renamed | (kwargs.get("key_mapping") or {})
         wanted = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -331,6 +336,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if len(given) != 1:
             raise ValueError("Give exactly one of input_ids, inputs_embeds, pixel_values and past_values.")
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
+        if self.config.is_encoder_decoder and encoder_hidden_states is None:
+            raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
+        if kwargs.get("output_attentions"):
+            raise ValueError(NO_ATTENTIONS)
         cache = self.make_cache(past_key_values, use_cache)
         context, order = self.make_context(embedded, attention_mask, position_ids, cache)
         if encoder_hidden_states is not None:
@@ -363,10 +372,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
             feedback_states=outputs if len(outputs) > 1 or every_step else None,
             num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order),
             halting_probabilities=looped.probabilities and tuple(scatter(p, order) for p in looped.probabilities),
-            halting_loss=looped.halting_loss,
+            halting_loss=None if looped.halting_loss is None else scatter(looped.halting_loss, order),
         )
 
     def make_cache(self, cache: FeedbackCache | None, use_cache: bool | None) -> FeedbackCache | None:
+        if cache is not None and not isinstance(cache, FeedbackCache):
+            raise ValueError(f"past_key_values must be a FeedbackCache, not {type(cache).__name__}: leave it out.")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is not None and self.loop.gradient_checkpointing and self.training:
             raise ValueError("Gradient checkpointing would drop past_key_values: leave them out, or disable it.")
@@ -375,8 +386,6 @@ class FeedbackModel(FeedbackPreTrainedModel):
             return None
         if not use_cache or not self.config.is_causal:
             return cache
-        if cache is not None and not isinstance(cache, FeedbackCache):
-            raise ValueError(f"past_key_values must be a FeedbackCache, not {type(cache).__name__}: leave it out.")
         return FeedbackCache() if cache is None else cache
 
     def make_context(
@@ -437,10 +446,11 @@ def first_real(attention_mask: Tensor | None, batch: int, length: int) -> tuple[
             f"the {batch} rows and at least the {length} positions given."
         )
     mask = attention_mask[:, -length:].bool()
-    if mask.all():
-        return None, None
-    if (mask[:, 1:] <= mask[:, :-1]).all():
-        return mask, None
+    if not torch.compiler.is_compiling():  # which cannot look at the values, and takes the general way
+        if mask.all():
+            return None, None
+        if (mask[:, 1:] <= mask[:, :-1]).all():
+            return mask, None
     order = (~mask).long().argsort(dim=1, stable=True)
     return mask.gather(1, order), order
 

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
-from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
+from .modeling_feedback import NO_ATTENTIONS, FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
 
 
 @dataclass
@@ -32,21 +32,33 @@ class FeedbackOutput(ModelOutput):
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
 
+    @property
+    def decoder_hidden_states(self) -> tuple[Tensor, ...] | None:
+        """What generate() collects of a sequence-to-sequence model."""
+        return self.hidden_states
+
 
 class FeedbackHead(FeedbackPreTrainedModel):
     """A FeedbackModel, and the check that its config suits the head; a subclass adds the readout."""
 
     embedding_type = "tokens"
     needs: dict[str, Any] = {}  # fields that the config must have
+    learns_to_halt = True  # whether its loss can weigh passes
     embed_output: Callable[[Tensor], Tensor] | None = None  # y [B, T, D] -> its prediction, fed back; None for tokens
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        for name, value in {"embedding_type": self.embedding_type, **self.needs}.items():
+        needs = {"embedding_type": self.embedding_type, "is_encoder_decoder": False, **self.needs}
+        for name, value in needs.items():
             given = getattr(config, name)
             if given != value:
                 head = type(self).__name__
                 raise ValueError(f"{head} needs {name}={value!r}, not {given!r}: set it in the config.")
+        if config.halting == "learned" and not self.learns_to_halt:
+            raise ValueError(
+                f"halting='learned' weighs a loss over classes, which a {type(self).__name__} of this config has not: "
+                "use 'act'."
+            )
         self.model = FeedbackModel(config)
 
     def way_back(self, size: int) -> nn.Linear | None:
@@ -71,18 +83,14 @@ class FeedbackHead(FeedbackPreTrainedModel):
         loss: Callable[[Tensor], Tensor],
         outputs: FeedbackModelOutput,
         losses: Callable[[Tensor, Tensor], Tensor] | None = None,
-        share: Tensor | float = 1.0,
+        mean: Callable[[Tensor], Tensor] = torch.mean,
     ) -> Tensor:
         """The mean of loss(y) over the supervised steps: the last one, or all that carry a gradient.
 
         With learned halting in training, the sum over the steps of losses(y, p), which weighs what it sums by the
-        probability p [B, T] to stop there. `share`: of this call in the batch that the loss is a mean over.
+        probability p [B, T] to stop there. `mean`: of what halting adds, [B, T] -> [].
         """
-        if outputs.halting_probabilities is not None:
-            if losses is None:
-                raise ValueError(
-                    f"{type(self).__name__} can't be trained with halting='learned': use another halting."
-                )
+        if outputs.halting_probabilities is not None and losses is not None:
             states = outputs.feedback_states or (outputs.last_hidden_state,)
             steps = zip(states, outputs.halting_probabilities, strict=True)
             total = torch.stack([losses(y, p) for y, p in steps]).sum()
@@ -95,7 +103,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
         if way_back is not None and self.training:  # a single pass doesn't read it, and DDP waits for its gradient
             total = total + 0 * sum(p.sum() for p in way_back.parameters() if p.requires_grad)
         if outputs.halting_loss is not None:
-            total = total + self.config.halting_weight * share * outputs.halting_loss
+            total = total + self.config.halting_weight * mean(outputs.halting_loss)
         return total
 
 
@@ -131,6 +139,8 @@ class FeedbackLMHead(FeedbackHead):
         self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
     ) -> FeedbackOutput:
         """Logits [B, T, V] of the last step, and the loss; kwargs go to transformers' loss function."""
+        if kwargs.pop("output_attentions", None):
+            raise ValueError(NO_ATTENTIONS)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.predict(outputs.last_hidden_state[:, keep]), None
         if labels is not None:
@@ -143,9 +153,12 @@ class FeedbackLMHead(FeedbackHead):
                 return self.loss_function(logits=predict(y), labels=labels, vocab_size=size, **kwargs)
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
-                return token_loss(predict(y), p, labels, **kwargs)
+                return token_loss(predict(y), p[:, keep], labels, **kwargs)
 
-            loss = self.mean_loss(step_loss, outputs, weighted, share_of_batch(labels, **kwargs))
+            def mean(x: Tensor) -> Tensor:
+                return token_mean(x[:, keep], labels, **kwargs)
+
+            loss = self.mean_loss(step_loss, outputs, weighted, mean)
         return FeedbackOutput(
             loss=loss,
             logits=logits,
@@ -156,56 +169,62 @@ class FeedbackLMHead(FeedbackHead):
         )
 
 
-def token_loss(
-    logits: Tensor,
-    weight: Tensor,
+def token_mean(
+    x: Tensor,
     labels: Tensor,
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     **kwargs: Any,
 ) -> Tensor:
+    """The mean of x [B, T] over the positions with a target, as transformers' ForCausalLMLoss takes it."""
+    targets = shift_labels if shift_labels is not None else F.pad(labels, (0, 1), value=-100)[:, 1:]
+    here = targets.to(x.device) != -100
+    return (x * here).sum() / (here.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def token_loss(
+    logits: Tensor, weight: Tensor, labels: Tensor, shift_labels: Tensor | None = None, **kwargs: Any
+) -> Tensor:
     """transformers' ForCausalLMLoss of logits [B, T, V], each position weighted by weight [B, T]."""
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), shift_labels, reduction="none")
-    total = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-    return (losses * weight).sum() / total
-
-
-def share_of_batch(
-    labels: Tensor,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    **kwargs: Any,
-) -> Tensor | float:
-    """How many of all targets, of which the loss is the mean, stand in this call."""
-    if num_items_in_batch is None:
-        return 1.0
-    targets = labels[:, 1:] if shift_labels is None else shift_labels
-    return (targets != -100).sum() / num_items_in_batch
+    targets = shift_labels if shift_labels is not None else F.pad(labels, (0, 1), value=-100)[:, 1:]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+    return token_mean(losses * weight, labels, targets, **kwargs)
 
 
 class FeedbackClassifier(FeedbackHead):
     """A linear readout of `num_labels`; a subclass says what it reads and pools."""
 
     accepts_loss_kwargs = True
+    # PEFT trains and saves beside adapters what ends with this name: the readout, and the way back of its prediction.
+    readout_name = "classifier"
+    renamed = {r"^feedback\.": "feedback_classifier."}
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         self.num_labels = self.num_outputs(config)
         if config.halting_measure == "prediction" and not self.single_label:
             raise ValueError("halting_measure='prediction' compares a choice among classes: use 'state'.")
-        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
-        self.feedback = self.way_back(self.num_labels)
+        self.add_module(self.readout_name, nn.Linear(config.hidden_size, self.num_labels))
+        self.add_module(f"feedback_{self.readout_name}", self.way_back(self.num_labels))
         self.post_init()
+
+    @property
+    def feedback(self) -> Any:
+        return getattr(self, f"feedback_{self.readout_name}")
 
     @property
     def single_label(self) -> bool:
         """Whether a prediction is a choice among classes, as far as the config says."""
         return self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
 
-    def check_labels(self, labels: Tensor) -> None:
+    @property
+    def learns_to_halt(self) -> bool:  # type: ignore[override]
+        return self.config.problem_type in (None, "single_label_classification")
+
+    def check_labels(self, labels: Tensor | None) -> None:
         """On a CPU, where it costs nothing, in words of the config; elsewhere the loss stops in its own way."""
+        if labels is None:
+            return
         if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.is_floating_point():
             return
         if self.single_label and labels.numel() and (high := int(labels.max())) >= self.num_labels:
@@ -217,14 +236,25 @@ class FeedbackClassifier(FeedbackHead):
         return len(cast(dict, config.id2label))
 
     def predict(self, y: Tensor) -> Tensor:
-        return self.classifier(y)
+        return getattr(self, self.readout_name)(y)
 
     def embed_output(self, y: Tensor) -> Tensor:
         """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""
-        logits = self.classifier(y)
+        logits = self.predict(y)
         if self.config.problem_type == "multi_label_classification":
             return self.feedback(logits.sigmoid())
         return self.feedback(logits if self.num_labels == 1 else logits.softmax(-1))
+
+    def settle(self, labels: Tensor | None) -> None:
+        """Sets the problem_type that transformers' loss would set of the labels, before a prediction is fed back."""
+        if labels is not None and self.config.problem_type is None:
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.is_floating_point():
+                self.config.problem_type = "multi_label_classification"
+            else:
+                self.config.problem_type = "single_label_classification"
+        self.check_labels(labels)
 
     def pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, D]: the last real position where causal, the mean of the real ones otherwise."""
@@ -256,21 +286,29 @@ class FeedbackClassifier(FeedbackHead):
         """
 
         def pooled_logits(y: Tensor) -> Tensor:
-            return self.classifier(self.pool(y, mask) if self.model.pooler is None else self.first(y))
+            return self.predict(self.pool(y, mask) if self.model.pooler is None else self.first(y))
 
         loss = None
         if labels is not None:
-            self.check_labels(labels)
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
                 if not self.single_label or labels.is_floating_point():
                     raise ValueError("halting='learned' needs a single-label problem: use 'act'.")
                 losses = F.cross_entropy(pooled_logits(y).float(), labels, reduction="none")
-                return (losses * self.pool(p[..., None], mask).squeeze(-1)).mean()
+                weight = self.pool(p[..., None], mask).squeeze(-1)
+                return (losses * weight).sum() / (labels != -100).sum()
 
-            loss = self.mean_loss(
-                lambda y: self.loss_function(labels, pooled_logits(y).float(), self.config), outputs, weighted
-            )
+            def mean(x: Tensor) -> Tensor:
+                """Over the positions of each row, then over the rows with a label."""
+                real = torch.ones_like(x) if mask is None else mask[:, -x.shape[1] :].to(x)
+                rows = (x * real).sum(1) / real.sum(1).clamp(min=1)
+                known = (labels != -100).flatten(1).any(1) if labels.ndim > 1 else labels != -100
+                return (rows * known).sum() / known.sum()
+
+            def step_loss(y: Tensor) -> Tensor:
+                return self.loss_function(labels, pooled_logits(y).float(), self.config)
+
+            loss = self.mean_loss(step_loss, outputs, weighted, mean)
             if num_items_in_batch is not None:
                 loss = loss * (labels != -100).sum() / num_items_in_batch
         return FeedbackOutput(

@@ -31,6 +31,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
 
     main_input_name = "past_values"
     accepts_loss_kwargs = False
+    learns_to_halt = False
     embedding_type = "values"
     needs = {"is_causal": True, "halting_measure": "state"}  # which compares classes, and a series has none
 

@@ -18,15 +18,15 @@ from .modeling_feedback_heads import (
     FeedbackGenerationMixin,
     FeedbackLMHead,
     FeedbackOutput,
-    share_of_batch,
     token_loss,
+    token_mean,
 )
 
 
 class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
     """Next-token prediction."""
 
-    needs = {"is_causal": True, "is_encoder_decoder": False}
+    needs = {"is_causal": True}
 
     @can_return_tuple
     def forward(
@@ -97,12 +97,16 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> FeedbackOutput:
-        """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding."""
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
+        """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding; a
+        retrofitted model then reads it as its original does, which only takes the last position for another."""
+        self.settle(labels)
+        mask = attention_mask
+        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            mask = (input_ids != self.config.pad_token_id).long()
+            attention_mask = None if self.config.retrofitted_from else mask
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
-        return self.classify(outputs, labels, attention_mask, kwargs.get("num_items_in_batch"))
+        return self.classify(outputs, labels, mask, kwargs.get("num_items_in_batch"))
 
 
 class FeedbackForTokenClassification(FeedbackClassifier):
@@ -118,16 +122,16 @@ class FeedbackForTokenClassification(FeedbackClassifier):
         **kwargs: Any,
     ) -> FeedbackOutput:
         """labels [B, T], -100 where left out; logits [B, T, L]."""
+        self.check_labels(labels)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
         loss = None
         if labels is not None:
-            self.check_labels(labels)
             loss = self.mean_loss(
                 lambda y: self.loss_function(self.classifier(y), labels, self.config, **kwargs),
                 outputs,
                 lambda y, p: token_loss(self.classifier(y), p, labels, shift_labels=labels, **kwargs),
-                share_of_batch(labels, shift_labels=labels, **kwargs),
+                lambda x: token_mean(x, labels, shift_labels=labels, **kwargs),
             )
         return FeedbackOutput(
             loss=loss,
@@ -155,13 +159,16 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides itself
     needs = {"halting_measure": "state"}  # classes are positions here, and no position has a prediction of its own
+    learns_to_halt = False
+    readout_name = "qa_outputs"
+    renamed = {r"^classifier\.": "qa_outputs.", r"^feedback\.": "feedback_qa_outputs."}
 
     def num_outputs(self, config: FeedbackConfig) -> int:
         return 2
 
     def embed_output(self, y: Tensor) -> Tensor:
         """Start and end are chosen among positions, so each position feeds back its two scores."""
-        return self.feedback(self.classifier(y).sigmoid())
+        return self.feedback(self.predict(y).sigmoid())
 
     @can_return_tuple
     def forward(
@@ -179,10 +186,10 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
         outputs = self.run(given, **{**kwargs, **inputs, "use_cache": False})
 
         def step_loss(y: Tensor) -> Tensor:
-            start, end = self.classifier(y).unbind(-1)
+            start, end = self.predict(y).unbind(-1)
             return self.loss_function(start, end, start_positions, end_positions)
 
-        start, end = self.classifier(outputs.last_hidden_state).unbind(-1)
+        start, end = self.predict(outputs.last_hidden_state).unbind(-1)
         return FeedbackQuestionAnsweringOutput(
             loss=self.mean_loss(step_loss, outputs) if given else None,
             start_logits=start,
