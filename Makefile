@@ -75,4 +75,4 @@ bench: $(READY)
 	$(PYTHON) -m benchmarks
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest runs build dist *.egg-info

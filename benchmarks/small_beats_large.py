@@ -3,7 +3,7 @@
     python -m benchmarks.small_beats_large              # every missing run, then the table and the plot
     python -m benchmarks.small_beats_large --report     # the table of the runs that are there
 
-Task (as in the table of character models of PEERS): first-folio texts, the first 90 % to train on, 24,000
+Task: first-folio texts, the first 90 % to train on, 24,000
 sequences of 128 characters, width 128. Each run is one process on one thread, and is appended to
 results/small_beats_large.jsonl when it has finished.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from feedback_transformers import hub, retrofit
 
@@ -17,31 +18,34 @@ NAME, MODE = "time", "in order"
 def main() -> None:
     runs = finished()
     [line, *_] = runs[KEEPS][NAME]
-    results = {f"accuracy at {n} swaps": line["accuracy"][MODE][str(n)] for n in TESTED}
-    plain = runs[KEEPS]["plain"][0]["accuracy"]["1"]
-    results |= {f"accuracy of plain LoRA at {n} swaps": plain[str(n)] for n in TESTED}
-    results |= {
-        f"perplexity on {text}, passes {mode}": value
-        for mode, texts in line["perplexity"].items()
-        for text, value in texts.items()
-    }
-    original = runs["nothing-lost"]["original"][0]["perplexity"]
-    results |= {f"perplexity on {text} of the original": value for text, value in original.items()}
+    plain = runs[KEEPS]["plain"][0]
+    original = runs["nothing-lost"]["original"][0]
+    measured = {KEEPS: {f"accuracy at {n} swaps, {MODE}": line["accuracy"][MODE][str(n)] for n in TESTED}}
+    measured[KEEPS] |= {f"accuracy of plain LoRA at {n} swaps": plain["accuracy"]["1"][str(n)] for n in TESTED}
+    for text, before in original["perplexity"].items():
+        after = {f"perplexity, passes {mode}": texts[text] for mode, texts in line["perplexity"].items()}
+        measured[text] = after | {"perplexity of the original": before}
+    results = {f"{text}: {name}": value for text, found in measured.items() for name, value in found.items()}
     feedback = MODELS[NAME][1]
     assert feedback is not None
     card = hub.model_card(
         retrofit(smollm2()[0], **feedback),
         results,
         name="SmolLM2-135M-Instruct with feedback along time",
-        dataset=KEEPS,
+        dataset=", ".join(measured),
         description=(
             "Follows a ball under cups. SmolLM2-135M-Instruct (weights rounded to 4 bits) made a feedback model by "
             f"`retrofit`, of which adapters of rank {MODELS[NAME][0]} and the connection were trained, "
             f"{line['parameters']:,} parameters, for {line['steps']} steps; one seed. It is no better than plain LoRA "
             "within the trained lengths, and a little beyond them."
         ),
-        command=line["command"],
+        command="; ".join(each["command"] for each in (line, plain, original)),
     )
+    data: Any = card.data
+    data.eval_results = [
+        result for text, found in measured.items() for result in hub.eval_results(found, "text-generation", text)
+    ]
+    data.base_model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     card.save(CARD)
     print(CARD)
 

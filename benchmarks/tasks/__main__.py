@@ -27,6 +27,31 @@ ALL = (
 TASKS: dict[str, Task] = {task.name: task for task in ALL}
 
 
+OVERVIEW = {  # of each task that is no matter of gradient modes or passes, what is asked
+    "parity": ("scaled accuracy", "parity"),
+    "mod5": ("scaled accuracy", "mod 5"),
+    "mod5-brackets": ("scaled accuracy", "mod 5, brackets"),
+    "swaps": ("256 operations", "swaps, 256, %"),
+    "prefix-sums": ("last pass", "prefix sums, %"),
+    "programs": ("20 statements", "programs, %"),
+}
+
+
+def overview() -> None:
+    """One table: the mean of each model on each task, and on how many seeds."""
+    runs = {name: TASKS[name].finished() for name in OVERVIEW}
+    models = dict.fromkeys(model for name in OVERVIEW for model in TASKS[name].models)
+    print("\n| model |", " | ".join(title for _, title in OVERVIEW.values()), "|")
+    print("|---|", "---|" * len(OVERVIEW), sep="")
+    for model in models:
+        cells = []
+        for name, (metric, _) in OVERVIEW.items():
+            values, digits = runs[name].values(model, metric), 3 if metric == "scaled accuracy" else 1
+            cells.append(f"{runs[name].mean(model, metric):.{digits}f} ({len(values)})" if values else "")
+        if any(cells):
+            print(f"| {model} |", " | ".join(cells), "|")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
@@ -53,6 +78,7 @@ def main() -> None:
     if arguments.smoke:
         return
     reached = [task.report() for task in tasks]
+    overview()
     for task in tasks:
         task.plot()
     raise SystemExit(0 if all(reached) else 1)

@@ -87,7 +87,7 @@ class GRU(nn.Module):
             h = compiled(self.input_proj(x), weight, bias, state.h, mask, reverse)
         else:
             real = RealFirst(x, mask, reverse)
-            h, _ = torch.gru(real.x, state.h[None], _weights(self), True, 1, 0.0, self.training, False, True)
+            h, _ = torch.gru(real.x, state.h[None], _weights(self), True, 1, 0.0, torch.is_grad_enabled(), False, True)
             h = real.restore(h, state.h)
         return h, GRUState(last(h, reverse))
 
@@ -181,7 +181,7 @@ class LSTM(nn.Module):
             i, f, g, o = x.new_zeros(4, x.shape[-1], 1).add(x.new_tensor([-1e4, 1e4, 0, 0])[:, None, None])
             weights[0] = torch.cat([weights[0], torch.cat([i, f, g, o])], dim=1)
         start = (state.h[None], state.c[None])
-        h, _, last_c = torch.lstm(real.x, start, weights, True, 1, 0.0, self.training, False, True)
+        h, _, last_c = torch.lstm(real.x, start, weights, True, 1, 0.0, torch.is_grad_enabled(), False, True)
         h = real.restore(h, state.h)
         return h, LSTMState(last(h, reverse), last_c[0])
 
