@@ -1,7 +1,7 @@
 """What the benchmarks share, and that their reports read the recorded runs."""
 
 import math
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,9 +21,15 @@ def test_train_and_evaluate():
     assert training.evaluate(halted, rows)[1] == 2.0
 
 
-def test_ratio_is_theirs_over_ours():
-    measured = timing.ratio(lambda: time.sleep(0.002), lambda: time.sleep(0.02), rounds=5)
-    assert measured[0] > 4
+def test_ratio_is_theirs_over_ours(monkeypatch):
+    clock = [0.0]
+
+    def takes(seconds: float) -> None:
+        clock[0] += seconds
+
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    measured = timing.ratio(lambda: takes(0.002), lambda: takes(0.02), rounds=5)
+    assert measured[0] == pytest.approx(10)
     assert timing.at_least("case", "peer", 2.0, measured).passed
     assert not timing.at_most("case", "peer", 0.01, measured).passed
     assert len(measured[1]["ours"]) == 5
