@@ -121,6 +121,24 @@ def test_halting_costs_the_same_in_parts(halting):
         assert_close(parameter.grad, gradient, 1e-5)
 
 
+def test_halting_costs_nothing_for_padding():
+    """In a head whose loss is of whole rows."""
+    fields = {"num_feedback_steps": 4, "halting": "act", "halting_weight": 1.0}
+    model, (batch, mask) = build(FeedbackForQuestionAnswering, **fields).train(), pad(tokens(2, 9), [9, 9], "right")
+    places = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}
+    longer = F.pad(batch, (0, 4)), F.pad(mask, (0, 4))
+    expected = model(batch, attention_mask=mask, **places)
+    padded = model(longer[0], attention_mask=longer[1], **places)
+    halting = [
+        output.loss
+        - F.cross_entropy(output.start_logits, places["start_positions"]) / 2
+        - F.cross_entropy(output.end_logits, places["end_positions"]) / 2
+        for output in (expected, padded)
+    ]
+    assert_close(*halting, 1e-5)
+    assert halting[0] > 1
+
+
 def test_learned_halting_leaves_out_rows_without_a_label():
     model = build(FeedbackForSequenceClassification, num_labels=3, num_feedback_steps=3, halting="learned").train()
     batch, labels = tokens(4), torch.tensor([0, -100, -100, 2])

@@ -191,6 +191,12 @@ def token_loss(
     return token_mean(losses * weight, labels, targets, **kwargs)
 
 
+def row_means(x: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, T] -> [B]: over the real positions."""
+    real = torch.ones_like(x) if mask is None else mask[:, -x.shape[1] :].to(x)
+    return (x * real).sum(1) / real.sum(1).clamp(min=1)
+
+
 class FeedbackClassifier(FeedbackHead):
     """A linear readout of `num_labels`; a subclass says what it reads and pools."""
 
@@ -300,8 +306,7 @@ class FeedbackClassifier(FeedbackHead):
 
             def mean(x: Tensor) -> Tensor:
                 """Over the positions of each row, then over the rows with a label."""
-                real = torch.ones_like(x) if mask is None else mask[:, -x.shape[1] :].to(x)
-                rows = (x * real).sum(1) / real.sum(1).clamp(min=1)
+                rows = row_means(x, mask)
                 known = (labels != -100).flatten(1).any(1) if labels.ndim > 1 else labels != -100
                 return (rows * known).sum() / known.sum()
 

@@ -18,6 +18,7 @@ from .modeling_feedback_heads import (
     FeedbackGenerationMixin,
     FeedbackLMHead,
     FeedbackOutput,
+    row_means,
     token_loss,
     token_mean,
 )
@@ -191,7 +192,9 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
 
         start, end = self.predict(outputs.last_hidden_state).unbind(-1)
         return FeedbackQuestionAnsweringOutput(
-            loss=self.mean_loss(step_loss, outputs) if given else None,
+            loss=self.mean_loss(step_loss, outputs, mean=lambda x: row_means(x, attention_mask).mean())
+            if given
+            else None,
             start_logits=start,
             end_logits=end,
             hidden_states=outputs.hidden_states,
