@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.tasks.runner import IGNORED, TEST_SEED
 
 CHAINS = 3
+NAMES = string.ascii_letters + "&@"  # of variables, enough for 3 chains of 18, a token each
 CUPS = "12345"
 PEOPLE = ("Ann", "Bob", "Eve", "Sam", "Tom")
 PLACES = ("first", "second", "third", "fourth", "fifth")
@@ -71,9 +72,9 @@ def for_test(prompt: str) -> bool:
 
 def chains(generator: random.Random, steps: int) -> Example:
     """The value of the last variable of one of 3 chains, each of `steps` assignments, in any order."""
-    letters, most = string.ascii_letters, len(string.ascii_letters) // CHAINS
+    letters, most = NAMES, len(NAMES) // CHAINS
     if steps > most:
-        raise ValueError(f"steps is {steps}, but there are letters for {CHAINS} chains of at most {most}.")
+        raise ValueError(f"steps is {steps}, but there are names for {CHAINS} chains of at most {most}.")
     names, values = generator.sample(letters, CHAINS * steps), generator.sample(string.digits, CHAINS)
     statements = []
     for i, value in enumerate(values):
