@@ -155,7 +155,7 @@ def test_export_with_tokenizer_and_card(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a checkpoint of a llama model.*feedback_transformers.retrofit"):
+    with pytest.raises(ValueError, match="lacks .* make a feedback model of that with feedback_transformers.retrofit"):
         FeedbackForCausalLM.from_pretrained(tmp_path)
 
 

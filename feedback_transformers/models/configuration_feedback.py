@@ -175,17 +175,6 @@ class FeedbackConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; a checkpoint of another model has no weights that would fit."""
-        model_type = config_dict.get("model_type", cls.model_type)
-        if model_type != cls.model_type:
-            raise ValueError(
-                f"This is a checkpoint of a {model_type} model: load it with transformers, or make a feedback model "
-                "of it with feedback_transformers.retrofit."
-            )
-        return super().from_dict(config_dict, **kwargs)
-
     def _refuse_misspelled(self, names: Any) -> None:
         """Transformers keeps what it does not know, so that a field with a letter wrong would have no effect."""
         if "preset" in names:

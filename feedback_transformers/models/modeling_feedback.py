@@ -93,7 +93,8 @@ def check_whole(model: PreTrainedModel, missing: Iterable[str]) -> None:
     holes = sorted(key for key in missing if key.startswith(body) and not key.removeprefix(body).startswith(ADDED))
     if holes:
         raise ValueError(
-            f"The checkpoint lacks {len(holes)} weights of the model, such as {holes[0]}: copy it again; or give "
+            f"The checkpoint lacks {len(holes)} weights of the model, such as {holes[0]}: copy it again; if it is of "
+            "another kind of model, make a feedback model of that with feedback_transformers.retrofit; or give "
             "ignore_mismatched_sizes=True, to begin with random ones."
         )
 
