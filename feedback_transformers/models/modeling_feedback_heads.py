@@ -276,6 +276,9 @@ class FeedbackClassifier(FeedbackHead):
         """[B, T, D] -> [B, D]: the first position, as a retrofitted BERT or RoBERTa reads it."""
         backbone, pooler = self.config.backbone_config, cast(nn.Module, self.model.pooler)
         p = backbone.hidden_dropout_prob if backbone.classifier_dropout is None else backbone.classifier_dropout
+        y = y[:, :1]
+        if backbone.model_type == "roberta":  # whose classifier drops out on both sides of what stands for a pooler
+            y = dropout(y, p, self.training)
         return dropout(pooler(y), p, self.training)
 
     def classify(
