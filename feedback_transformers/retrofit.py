@@ -191,6 +191,8 @@ def feedback_config(
         )
     passes = {"solver": "jacobi", "solver_steps": steps} if axis == "time" else {"num_feedback_steps": steps}
     kept = {name: getattr(given, name) for name in KEPT if getattr(given, name, None) is not None}
+    if kept.get("pad_token_id", 0) < 0:  # as the first Llamas say that they have none
+        del kept["pad_token_id"]
     own = {
         "backbone_config": given,
         "retrofitted_from": type(original).__name__,

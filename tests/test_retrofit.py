@@ -216,6 +216,17 @@ def test_lora_on_every_part(family, axis, tmp_path):
     assert_close(answer(again.merge_and_unload(), batch), changed)
 
 
+def test_a_padding_token_that_is_none(tmp_path):
+    """-1, as in the configs of the first Llamas."""
+    before, batch = original("llama", pad_token_id=-1), tokens(2, 19)
+    model = retrofit(before, 1, 1)
+    assert model.config.pad_token_id is None
+    assert_close(answer(model, batch), answer(before, batch))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(answer(type(model).from_pretrained(tmp_path), batch), answer(model, batch))
+    assert torch.equal(answer(unretrofit(model), batch), answer(before, batch))
+
+
 @pytest.mark.parametrize("connection", ["gate", "add", "concat"])
 def test_adapters_alone_find_the_same_model_again(connection, tmp_path):
     """Without the connection among the modules to save: a closed one is always the same."""
