@@ -41,6 +41,8 @@ CONFIGS = [
     ({"id2label": {0: "a", 2: "b"}}, "id2label names the classes [0, 2]; it must name 0 to 1"),
     ({"dtype": "float33"}, "Unknown dtype 'float33'"),
     ({"feedback_axes": "time"}, "Unknown field 'feedback_axes': did you mean feedback_axis?"),
+    ({"num_layers": 6}, "Unknown field 'num_layers': did you mean num_feedback_layers?"),
+    ({"num_steps": 6}, "did you mean num_feedback_steps?"),
     ({"preset": "gru"}, "preset is no field: use FeedbackConfig.preset('gru'"),
     ({"backbone_config": 7}, "backbone_config is 7; give the name of a family, a dictionary or a config"),
     ({"backbone_config": {"head_dim": 3}}, "head_dim of backbone_config is 3; rotary positions need an even number"),

@@ -33,6 +33,12 @@ MODELING = {
 }
 AUTO_MAP = {"AutoConfig": "configuration_feedback.FeedbackConfig", **MODELING}
 
+# What other configs call them.
+OTHER_NAMES = {
+    **dict.fromkeys(("num_layers", "n_layer", "n_layers"), "num_feedback_layers"),
+    "num_steps": "num_feedback_steps",
+}
+
 
 def make_backbone(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     try:
@@ -181,8 +187,9 @@ class FeedbackConfig(PreTrainedConfig):
             raise ValueError("preset is no field: use FeedbackConfig.preset('gru', hidden_size=64).")
         known = [field.name for field in fields(self)]
         for name in set(names) - set(self.attribute_map):
-            if close := get_close_matches(name, known, n=1, cutoff=0.855):
-                raise ValueError(f"Unknown field {name!r}: did you mean {close[0]}?")
+            meant = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, known, n=1, cutoff=0.855)), None)
+            if meant:
+                raise ValueError(f"Unknown field {name!r}: did you mean {meant}?")
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the model code goes along, so that a checkpoint loads where this package is not."""
