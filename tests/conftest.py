@@ -93,6 +93,18 @@ def build(head=FeedbackForCausalLM, **fields):
     return model.eval()
 
 
+def with_weights_of(other, **fields):
+    model = build(type(other), **fields)
+    model.load_state_dict(other.state_dict())
+    return model
+
+
+def gradients(model, batch, **arguments):
+    model.zero_grad()
+    model(batch, labels=batch, **arguments).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
 def combinations() -> list[dict]:
     """ENCODERS x CELLS x DECODERS x axis, and time by jacobi; the signals, connections and intervals go round, so that
     each meets each cell."""
