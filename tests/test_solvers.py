@@ -154,7 +154,7 @@ def test_truncated_gradient_after_convergence():
     assert early(batch, use_cache=False).num_feedback_steps.max() < 40
     expected = gradients(plain, batch)
     for name, gradient in gradients(early, batch).items():
-        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4)
     assert max(gradient.abs().max() for gradient in expected.values()) > 1e-2
 
 
