@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "feedback_transformers" / "__init__.py").read_text()).group(1)
 
 TRAIN = [
-    "accelerate>=1.14,<2",
+    "accelerate>=1.15,<2",
     "datasets>=5.2,<6",
     "evaluate>=0.4.6,<0.5",
     "matplotlib>=3.9,<4",
@@ -20,7 +20,7 @@ TRAIN = [
     "scikit-learn>=1.5,<2",
     "tensorboard>=2.18,<3",
 ]
-QUANTIZATION = ["accelerate>=1.14,<2", "bitsandbytes>=0.50,<1", "torchao>=0.18,<1"]
+QUANTIZATION = ["accelerate>=1.15,<2", "bitsandbytes>=0.50,<1", "torchao>=0.18,<1"]
 FAST = ["numba>=0.62,<1"]
 MINGRU = ["minGRU-pytorch>=0.2.1,<0.3"]
 BENCH = ["feedback-transformer-pytorch>=0.0.11,<0.1", *MINGRU, "tiny-recursive-model>=0.0.15,<0.1"]
