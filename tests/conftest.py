@@ -11,9 +11,11 @@ from itertools import product
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM
 from feedback_transformers.models.feedback_cells import CELLS
@@ -33,6 +35,12 @@ TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Accelerate keeps the precision of the first Trainer for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def encode(text: str) -> list[int]:
@@ -103,6 +111,30 @@ def gradients(model, batch, **arguments):
     model.zero_grad()
     model(batch, labels=batch, **arguments).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def dataset(rows: int = 32, length: int = 16) -> Dataset:
+    ids = tokens(rows, length).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def arguments(folder, **fields) -> TrainingArguments:
+    fields = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 8,
+        "learning_rate": 3e-3,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "seed": 5,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **fields,
+    }
+    return TrainingArguments(output_dir=str(folder), **fields)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def combinations() -> list[dict]:

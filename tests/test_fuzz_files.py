@@ -11,10 +11,9 @@ from pathlib import Path
 import fuzzing
 import pytest
 import torch
-from conftest import build, tokens
+from conftest import arguments, build, dataset, tokens
 from hypothesis import given
 from safetensors.torch import load_file, save_file
-from test_training import arguments, dataset
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
 
 from feedback_transformers import FeedbackForCausalLM, FeedbackModel, data, retrofit
