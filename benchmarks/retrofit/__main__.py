@@ -33,11 +33,11 @@ class Experiment(NamedTuple):
 EXPERIMENTS = {
     "costs": Experiment(costs.AXES, costs.costs, costs.report),
     **{
-        name: Experiment(tuple(reasoning.MODELS), partial(reasoning.run, name), partial(reasoning.report, name))
+        name: Experiment(reasoning.models(name), partial(reasoning.run, name), partial(reasoning.report, name))
         for name in FAMILIES
     },
     "nothing-lost": Experiment(("original",), reasoning.untrained, reasoning.report_original),
-    "domain": Experiment(tuple(reasoning.MODELS), adaptation.domain, adaptation.report_domain),
+    "domain": Experiment(("plain", "time", "depth"), adaptation.domain, adaptation.report_domain),
     "sentiment": Experiment(tuple(adaptation.CLASSIFIERS), adaptation.sentiment, adaptation.report_sentiment),
 }
 

@@ -52,6 +52,8 @@ class Family:
     # Of a guess among the possible answers. To leave cups or people where they began is right more often, in
     # 1/5 + 4/5 / 2**steps of the cases.
     chance: float
+    chunk: int = 6  # tokens of about a step
+    local: bool = False  # where the state behind a step follows from the state before it and the step's own text
 
     def examples(self, steps: int, number: int, seed: int) -> list[Example]:
         """That many examples, the same at every call; for the test where the seed is TEST_SEED or more."""
@@ -126,8 +128,8 @@ def follow(at: str, pairs: list[list[str]]) -> str:
 
 FAMILIES = {
     "chains": Family(chains, chance=1 / CHAINS),
-    "cups": Family(cups, chance=1 / len(CUPS)),
-    "sums": Family(sums, chance=1 / 10),
+    "cups": Family(cups, chance=1 / len(CUPS), local=True),
+    "sums": Family(sums, chance=1 / 10, chunk=3, local=True),
     "swaps": Family(swaps, chance=1 / len(PEOPLE)),
 }
 
