@@ -175,6 +175,25 @@ def test_cached_padded_and_chunked(family, axis):
         assert_close(logits[1][mask[1].bool()], answer(model, batch[1:, :12])[0])
 
 
+@pytest.mark.parametrize("fields", [{}, {"solver": "sequential", "feedback_interval": 3}])
+def test_a_window_given_to_a_finished_model(fields, tmp_path):
+    """Attention of the layers behind the encoder may be narrowed, as in training, and widened again."""
+    model, batch = opened(retrofit(original("llama"), 1, 1, 3, "time", **fields)), tokens(2, 19)
+    backbone, everything = model.config.backbone_config, answer(model, batch)
+    backbone.sliding_window, backbone.layer_types = 4, ["full_attention", *["sliding_attention"] * (LAYERS - 1)]
+    narrow = answer(model, batch)
+    assert_close(narrow[:, :4], everything[:, :4], 1e-5)
+    assert (narrow[:, 8:] - everything[:, 8:]).abs().max() > 1e-2
+    with torch.no_grad():
+        first = model(batch[:, :11], use_cache=True)
+        rest = model(batch[:, 11:], past_key_values=first.past_key_values)
+    assert_close(torch.cat([first.logits, rest.logits], dim=1), narrow)
+    model.save_pretrained(tmp_path)
+    assert_close(answer(AutoModelForCausalLM.from_pretrained(tmp_path), batch), narrow, 1e-5)
+    backbone.sliding_window = backbone.layer_types = None
+    assert torch.equal(answer(model, batch), everything)
+
+
 @each_causal
 def test_batched_generation_equals_single(family, axis):
     """Also where a sliding window is shorter than what stands before it."""
