@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .models import Settings
+from .models import WINDOW, Settings
 from .runner import IGNORED, Batch, Runs, Score, Task, accuracy, draw_length, growing, scaled, test_batches
 
 MODULUS, SHORTEST, LONGEST = 5, 3, 40
@@ -98,7 +98,7 @@ def reaching(least: float) -> Callable[[Runs], dict[str, bool]]:
     def checks(runs: Runs) -> dict[str, bool]:
         return {
             f"{model}: scaled accuracy at least {least}, mean": runs.mean(model, "scaled accuracy") >= least
-            for model in ("feedback", "feedback-mlp", "feedback-lstm", "feedback-gru")
+            for model in ("feedback", "feedback-window", "feedback-mlp", "feedback-lstm", "feedback-gru")
         }
 
     return checks
@@ -111,6 +111,7 @@ LSTM: Settings = {**INIT, "preset": "lstm", "feedback_signal": "state", "hidden_
 GRU: Settings = {**INIT, "preset": "gru", "feedback_signal": "state", "num_feedback_layers": 2, "hidden_size": 56}
 MODELS: dict[str, Settings] = {
     "feedback": {"kind": "feedback", "fields": FEEDBACK, "training": {"steps": 4000}},
+    "feedback-window": {"kind": "feedback", "fields": {**FEEDBACK, **WINDOW}, "training": {"steps": 4000}},
     "feedback-mlp": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_type": "mlp", "num_feedback_layers": 2}},
     "feedback-lstm": {"kind": "feedback", "fields": LSTM},
     "feedback-gru": {"kind": "feedback", "fields": GRU},

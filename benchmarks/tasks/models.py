@@ -13,7 +13,10 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from feedback_transformers import FeedbackConfig, FeedbackForTokenClassification
 
-Settings = dict[str, Any]  # strings and numbers only: they are written beside every result
+Settings = dict[str, Any]  # as JSON has them: they are written beside every result
+
+# Attention that sees the last 4 tokens alone, so that what was before them has to come through the feedback.
+WINDOW: Settings = {"backbone_config": {"model_type": "mistral", "sliding_window": 4}}
 
 
 class Recurrent(nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .models import Settings
+from .models import WINDOW, Settings
 from .runner import IGNORED, Batch, Runs, Score, Task, accuracy, draw_length, growing, scaled, test_batches
 
 SHORTEST, LONGEST = 3, 40
@@ -39,6 +39,7 @@ def evaluate(network: nn.Module, settings: Settings) -> Score:
 def checks(runs: Runs) -> dict[str, bool]:
     return {
         "scaled accuracy 1.00 in 3 of 3 seeds": runs.reached("feedback", "scaled accuracy", 1.0),
+        "the same with a window of 4 tokens": runs.reached("feedback-window", "scaled accuracy", 1.0),
         "the same with an MLP as the cell": runs.reached("feedback-mlp", "scaled accuracy", 1.0),
     }
 
@@ -57,6 +58,7 @@ FEEDBACK: Settings = {
 }
 MODELS: dict[str, Settings] = {
     "feedback": {"kind": "feedback", "fields": FEEDBACK},
+    "feedback-window": {"kind": "feedback", "fields": {**FEEDBACK, **WINDOW}},
     "feedback-mlp": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_type": "mlp"}},
     "control": {"kind": "feedback", "fields": {**FEEDBACK, "feedback_signal": "none"}},
     "our-gru": {"kind": "feedback", "fields": {"hidden_size": 64, "preset": "gru"}},

@@ -13,7 +13,7 @@ from itertools import combinations, permutations
 import torch
 from torch import Tensor, nn
 
-from .models import Settings
+from .models import WINDOW, Settings
 from .runner import Batch, Runs, Score, Task, growing, test_batches
 
 ITEMS, LONGEST, TEST_LENGTHS = 5, 32, [32, 64, 128, 256]
@@ -65,7 +65,7 @@ def evaluate(network: nn.Module, settings: Settings) -> Score:
 def checks(runs: Runs) -> dict[str, bool]:
     every, fourth, none = (runs.mean(model, "64 operations") for model in ("feedback", "feedback-every-4", "control"))
     reached = {}
-    for model in ("feedback", "feedback-mlp", "feedback-lstm"):
+    for model in ("feedback", "feedback-window", "feedback-mlp", "feedback-lstm"):
         reached[f"{model}: 100 at 64 operations, each seed"] = runs.reached(model, "64 operations", 100.0)
         reached[f"{model}: at least 97.3 at 256 operations, mean"] = runs.mean(model, "256 operations") >= 97.3
     return reached | {
@@ -84,6 +84,7 @@ FEEDBACK: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers
 LSTM: Settings = {"preset": "lstm", "feedback_signal": "state", "hidden_size": 128}
 MODELS: dict[str, Settings] = {
     "feedback": {"kind": "feedback", "fields": FEEDBACK, "training": {"steps": 3000}},
+    "feedback-window": {"kind": "feedback", "fields": {**FEEDBACK, **WINDOW}, "training": {"steps": 3000}},
     "feedback-every-4": {
         "kind": "feedback",
         "fields": {**FEEDBACK, "feedback_interval": 4},
