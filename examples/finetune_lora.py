@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         block_size=text_args.block_size,
         max_eval_samples=text_args.max_eval_samples,
     )
-    old = run_clm.prepare(model_args, old_args)[2]
+    old = run_clm.blocks(old_args, tokenizer, "validation")
     validation = {text_args.source: new["validation"], old_args.source: old["validation"]}
 
     model = get_peft_model(model, lora_args.config())

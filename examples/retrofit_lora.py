@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import run_clm
 import torch
-from datasets import DatasetDict
 from finetune_lora import LoraArguments
 from peft import get_peft_model
 from transformers import (
@@ -27,7 +26,6 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -58,6 +56,15 @@ SMOKE = {
     "save_steps": 2,
     **{name: run_clm.SMOKE[name] for name in SMALL},
 }
+
+
+@dataclass
+class OriginalArguments(scripts.ModelArguments):
+    """Of the model to retrofit; `config_overrides` are of what is made of it."""
+
+    def __post_init__(self) -> None:
+        if self.preset:
+            raise ValueError("preset is of a new model: leave it out.")
 
 
 @dataclass
@@ -98,14 +105,8 @@ def tiny(folder: Path, text_args: run_clm.TextArguments) -> str:
     return str(folder)
 
 
-def blocks(text_args: run_clm.TextArguments, tokenizer: PreTrainedTokenizerBase, *splits: str) -> DatasetDict:
-    texts = text_args.load(shuffle=False)
-    texts = DatasetDict({split: texts[split] for split in splits})
-    return text_args.limit(data.blocks(texts, tokenizer, text_args.block_size, text_args.text_column))
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    types = (scripts.ModelArguments, run_clm.TextArguments, RetrofitArguments, LoraArguments, TrainingArguments)
+    types = (OriginalArguments, run_clm.TextArguments, RetrofitArguments, LoraArguments, TrainingArguments)
     model_args, text_args, retrofit_args, lora_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
     output = Path(training_args.output_dir)
     set_seed(training_args.seed)
@@ -136,8 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         block_size=text_args.block_size,
         max_eval_samples=text_args.max_eval_samples,
     )
-    new = blocks(text_args, tokenizer, "train", "validation")
-    old = blocks(old_args, tokenizer, "validation")
+    new = run_clm.blocks(text_args, tokenizer, "train", "validation")
+    old = run_clm.blocks(old_args, tokenizer, "validation")
     validation = {text_args.source: new["validation"], old_args.source: old["validation"]}
 
     most = model_args.max_feedback_steps or retrofit_args.num_feedback_steps

@@ -143,6 +143,13 @@ def prepare(
     return model, tokenizer, text_args.limit(blocks)
 
 
+def blocks(text_args: TextArguments, tokenizer: PreTrainedTokenizerBase, *splits: str) -> DatasetDict:
+    """Blocks of tokens of some splits, for a tokenizer that is there."""
+    texts = text_args.load(shuffle=False)
+    texts = DatasetDict({split: texts[split] for split in splits})
+    return text_args.limit(data.blocks(texts, tokenizer, text_args.block_size, text_args.text_column))
+
+
 def optimizer(model: torch.nn.Module, text_args: TextArguments, lr: float, weight_decay: float) -> MuonAdamW | None:
     """Muon with AdamW; None where its rate is zero or not given."""
     if not text_args.muon_learning_rate:

@@ -183,8 +183,11 @@ def feedback_config(
 ) -> FeedbackConfig:
     given = original.config
     check_family(given)
+    for name, number in (("encoder_layers", encoder_layers), ("decoder_layers", decoder_layers)):
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"{name} is {number!r}; it must be a whole number of 0 or more.")
     between = given.num_hidden_layers - encoder_layers - decoder_layers
-    if encoder_layers < 0 or decoder_layers < 0 or between < 1:
+    if between < 1:
         raise ValueError(
             f"{encoder_layers} encoder and {decoder_layers} decoder layers leave {between} of "
             f"{given.num_hidden_layers} for the loop: leave at least 1."

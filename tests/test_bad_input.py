@@ -43,6 +43,8 @@ CONFIGS = [
     ({"feedback_axes": "time"}, "Unknown field 'feedback_axes': did you mean feedback_axis?"),
     ({"num_layers": 6}, "Unknown field 'num_layers': did you mean num_feedback_layers?"),
     ({"num_steps": 6}, "did you mean num_feedback_steps?"),
+    ({"axis": "time"}, "Unknown field 'axis': did you mean feedback_axis?"),
+    ({"d_model": 64}, "did you mean hidden_size?"),
     ({"preset": "gru"}, "preset is no field: use FeedbackConfig.preset('gru'"),
     ({"backbone_config": 7}, "backbone_config is 7; give the name of a family, a dictionary or a config"),
     ({"backbone_config": {"head_dim": 3}}, "head_dim of backbone_config is 3; rotary positions need an even number"),
@@ -154,6 +156,10 @@ INPUTS = [
     ({"input_ids": tokens(), "num_feedback_steps": -1}, "num_feedback_steps is -1"),
     ({"input_ids": tokens(), "num_feedback_steps": 2.5}, "num_feedback_steps is 2.5"),
     ({"input_ids": tokens(), "past_key_values": DynamicCache()}, "must be a FeedbackCache, not DynamicCache"),
+    (
+        {"input_ids": tokens(), "labels": tokens()[:, 1:]},
+        r"labels have the shape \[2, 12\] and the logits \[2, 13, 50\]",
+    ),
     ({"input_ids": tokens(), "output_attentions": True}, "Attention weights are not returned"),
 ]
 
@@ -183,6 +189,18 @@ def test_steps_where_they_mean_nothing():
         build(feedback_axis="time")(tokens(), num_feedback_steps=3)
 
 
+def test_steps_that_became_none():
+    model = build()
+    model.config.num_feedback_steps = 0
+    with pytest.raises(ValueError, match="num_feedback_steps is 0; it must be a whole number of at least 1"):
+        model(tokens())
+
+
+def test_the_config_of_another_model_is_read():
+    """As PEFT does with that of a base model, for its vocabulary."""
+    assert FeedbackConfig.from_dict({"model_type": "gpt2", "vocab_size": 7, "n_layer": 2, "n_head": 2}).vocab_size == 7
+
+
 def test_steps_cannot_change_halfway_through_a_text():
     model = build()
     cache = model(tokens(), use_cache=True).past_key_values
@@ -209,6 +227,8 @@ def test_images_and_series_of_another_shape():
         model(torch.zeros(2, 3, 8, 8))
     with pytest.raises(ValueError, match="needs at least two time steps"):
         build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 1))
+    with pytest.raises(ValueError, match="past_values have 3 channels and this model 1"):
+        build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 5, 3))
 
 
 @pytest.mark.parametrize("head", [FeedbackForSequenceClassification, FeedbackForTokenClassification])

@@ -430,6 +430,8 @@ def test_refuses_what_it_cannot_do():
         retrofit(OPTForCausalLM(OPTConfig(**fields, word_embed_proj_dim=32)), 1)
     with pytest.raises(ValueError, match="leave 0 of 5"):
         retrofit(original("llama"), 3, 2)
+    with pytest.raises(ValueError, match="encoder_layers is '2'; it must be a whole number"):
+        retrofit(original("llama"), "2")
     with pytest.raises(ValueError, match="use feedback_axis='depth'"):
         retrofit(original("bert"), 1, axis="time")
     with pytest.raises(ValueError, match="BertForMaskedLM can't be retrofitted"):

@@ -1,4 +1,4 @@
-"""What feedback buys: published tasks, each model on three seeds.
+"""What feedback buys: published tasks, on three seeds.
 
     python -m benchmarks.tasks                                    # every missing run of every task, then the report
     python -m benchmarks.tasks --task parity --models feedback gru --seeds 0

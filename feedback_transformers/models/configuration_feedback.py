@@ -33,10 +33,15 @@ MODELING = {
 }
 AUTO_MAP = {"AutoConfig": "configuration_feedback.FeedbackConfig", **MODELING}
 
-# What other configs call them.
+# What other configs, and people, call them.
 OTHER_NAMES = {
     **dict.fromkeys(("num_layers", "n_layer", "n_layers"), "num_feedback_layers"),
-    "num_steps": "num_feedback_steps",
+    **dict.fromkeys(("steps", "n_steps", "num_steps", "num_loops"), "num_feedback_steps"),
+    **dict.fromkeys(("num_heads", "n_head", "n_heads"), "num_attention_heads"),
+    **dict.fromkeys(("d_model", "n_embd", "dim"), "hidden_size"),
+    "hidden_dropout_prob": "dropout",
+    "cell_type": "feedback_type",
+    **{name: f"feedback_{name}" for name in ("axis", "signal", "connection", "interval", "noise")},
 }
 
 
@@ -181,10 +186,12 @@ class FeedbackConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
-    def _refuse_misspelled(self, names: Any) -> None:
+    def _refuse_misspelled(self, names: dict[str, Any]) -> None:
         """Transformers keeps what it does not know, so that a field with a letter wrong would have no effect."""
         if "preset" in names:
             raise ValueError("preset is no field: use FeedbackConfig.preset('gru', hidden_size=64).")
+        if names.get("model_type", self.model_type) != self.model_type:
+            return  # PEFT reads the config of a base model as one of these, for its vocabulary
         known = [field.name for field in fields(self)]
         for name in set(names) - set(self.attribute_map):
             meant = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, known, n=1, cutoff=0.855)), None)

@@ -54,6 +54,11 @@ class ValueEmbeddings(nn.Module):
         self.projection = nn.Linear(config.num_channels, config.hidden_size)
 
     def forward(self, values: Tensor) -> Tensor:
+        if values.shape[-1] != self.projection.in_features:
+            raise ValueError(
+                f"past_values have {values.shape[-1]} channels and this model {self.projection.in_features}: set "
+                "num_channels in the config."
+            )
         return self.projection(values.to(self.projection.weight.dtype))
 
 

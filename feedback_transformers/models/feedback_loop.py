@@ -86,8 +86,10 @@ class FeedbackLoop(nn.Module):
     def num_passes(self, num_steps: int | None = None) -> int | None:
         """How many passes a call makes at most; None where it goes position by position."""
         config, num_steps = self.config, self.num_steps if num_steps is None else num_steps
-        if num_steps is not None and (not isinstance(num_steps, int) or num_steps < 1):
-            raise ValueError(f"num_feedback_steps is {num_steps!r}; it must be a whole number of at least 1.")
+        asked = config.num_feedback_steps if num_steps is None else num_steps
+        for name, steps in (("num_feedback_steps", asked), ("solver_steps", config.solver_steps)):
+            if not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"{name} is {steps!r}; it must be a whole number of at least 1.")
         if config.feedback_signal == "none" and config.feedback_type not in RECURRENT_TYPES:
             return 1  # nothing is fed back: every pass would be the same
         if config.feedback_axis == "depth":

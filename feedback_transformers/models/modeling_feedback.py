@@ -329,7 +329,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
                 [B, T, C].
             attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
             token_type_ids: [B, T], of a retrofitted model that has types of tokens.
-            num_feedback_steps: passes of this call instead of the config's (depth axis, or the jacobi solver).
+            num_feedback_steps: passes of this call instead of the config's (depth axis, or solvers that make passes).
             predict: a head's map from y to its logits.
             embed_output: a head's map from y to its prediction, embedded; without it that of tokens.
         """

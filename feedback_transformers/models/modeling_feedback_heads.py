@@ -145,6 +145,11 @@ class FeedbackLMHead(FeedbackHead):
         logits, loss = self.predict(outputs.last_hidden_state[:, keep]), None
         if labels is not None:
             size = self.config.vocab_size
+            if labels.shape != logits.shape[:-1] and "shift_labels" not in kwargs:
+                raise ValueError(
+                    f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give a label for each "
+                    "position that has logits, -100 where there is none."
+                )
 
             def predict(y: Tensor) -> Tensor:
                 return logits if y is outputs.last_hidden_state else self.predict(y[:, keep])

@@ -55,7 +55,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
     ) -> FeedbackTimeSeriesOutput:
         """past_values [B, T] or [B, T, C], future_values [B, F] or [B, F, C]; the loss is the mean absolute error in
         standard deviations. In training, with future_values given, no forecast is rolled out."""
-        if past_values is None or past_values.shape[1] < 2:
+        if past_values is None or past_values.ndim not in (2, 3) or past_values.shape[1] < 2:
             raise ValueError("past_values needs at least two time steps, [batch, steps] or [batch, steps, channels].")
         past = past_values if past_values.ndim == 3 else past_values[..., None]
         mean, std = past.mean(dim=1, keepdim=True), past.std(dim=1, keepdim=True) + 1e-5

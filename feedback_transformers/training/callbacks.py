@@ -23,9 +23,10 @@ def draw_steps(step: int, minimum: int, maximum: int, seed: int = 0) -> int:
 
 
 class SampleFeedbackSteps(TrainerCallback):
-    """Trains each step with another number of feedback steps, so that afterwards any number works.
+    """Trains each step with another number of feedback steps, so that afterwards any number from there on works.
 
-    A model trained at a fixed number of passes is good only at that number. Evaluation uses the config's number.
+    A model trained at a fixed number of passes is good only at that number; one trained so is good at those drawn and
+    above, and not below `minimum`. Evaluation uses the config's number.
 
     Args:
         curriculum: the share of training over which the maximum grows linearly from `minimum` to `maximum`.
