@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from feedback_transformers import data, retrofit
-from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, set_steps
+from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/retrofit",
@@ -155,11 +155,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     )
     trainer.args.prediction_loss_only = True
 
+    config, passes = model.config, "num_feedback_steps" if retrofit_args.axis == "depth" else "solver_steps"
+
     def perplexity(trainer: Trainer, steps: int | None = None) -> dict[str, float]:
-        """By text, at so many feedback steps."""
-        set_steps(trainer.model, steps)
+        """By text, at so many feedback steps; None: those of the config."""
+        own = getattr(config, passes)
+        setattr(config, passes, steps or own)
         found = {text: math.exp(trainer.evaluate(rows)["eval_loss"]) for text, rows in validation.items()}
-        set_steps(trainer.model, None)
+        setattr(config, passes, own)
         return found
 
     scripts.record(trainer, "train", scripts.train(trainer))

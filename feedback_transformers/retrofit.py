@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .models.configuration_feedback import FeedbackConfig
-from .models.feedback_backbones import BACKBONES
+from .models.feedback_backbones import BACKBONES, layer_kind
 from .models.feedback_names import BIDIRECTIONAL_TYPES, RETROFIT_TYPES, SHARED_WITH_BACKBONE
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
 from .models.modeling_feedback_text import FeedbackForCausalLM, FeedbackForSequenceClassification
@@ -96,6 +96,12 @@ def unretrofit(model: FeedbackPreTrainedModel) -> PreTrainedModel:
             "This model was not made by retrofit of a class of transformers, so there is no other class to give back."
         )
     backbone = copy.deepcopy(config.backbone_config)
+    kinds = {layer_kind(backbone, i) for i in range(backbone.num_hidden_layers)}
+    if "sliding_attention" in kinds and not hasattr(type(backbone)(), "sliding_window"):
+        raise ValueError(
+            f"A {config.retrofitted_from} has no sliding attention: set sliding_window and layer_types of "
+            "config.backbone_config to None first."
+        )
     for name in ("vocab_size", *KEPT):
         setattr(backbone, name, getattr(config, name))
     with torch.device("meta"):
@@ -213,7 +219,6 @@ def feedback_config(
         )
     config = FeedbackConfig(**{**kept, **own, **passes, **fields})
     config._attn_implementation = given._attn_implementation
-    config.name_or_path = given.name_or_path
     config.backbone_config.__dict__.pop("quantization_config", None)  # keep_quantized writes it anew
     return config
 

@@ -430,6 +430,17 @@ def test_compiled_with_a_mask_equals_eager():
         assert_close(actual[mask.bool()], expected[mask.bool()], 1e-5)
 
 
+@pytest.mark.parametrize("halting", ["converged", "converged-prediction", "act"])
+def test_compiled_with_halting_equals_eager(halting):
+    model, batch = build(**HALTING[halting], num_feedback_steps=5), tokens(2, 8)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(batch)
+        actual = torch.compile(model, backend="aot_eager")(batch)
+    assert_close(actual.logits, expected.logits, 1e-5)
+    assert torch.equal(actual.num_feedback_steps, expected.num_feedback_steps)
+
+
 @pytest.mark.parametrize(
     "fields", [{"feedback_type": "gru", "feedback_axis": "time"}, {"feedback_type": "transformer"}]
 )
@@ -493,6 +504,21 @@ def test_offloaded_weights(fields):
 def test_dropout_reaches_the_backbone(backbone):
     model = build(backbone_config=backbone, dropout=0.0).train()
     torch.testing.assert_close(model(tokens()).logits, model(tokens()).logits, atol=0.0, rtol=0.0)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_backbone_config_with_a_window(family, tmp_path):
+    """Qwen's configs forget it unless they are told twice."""
+    window = {"sliding_window": 3, "layer_types": ["sliding_attention"]}
+    model, everything = build(backbone_config={"model_type": family, **window}), build(backbone_config=family)
+    if family == "mistral":
+        everything.config.backbone_config.sliding_window = None
+    everything.load_state_dict(model.state_dict())
+    logits = model(tokens()).logits
+    assert_close(logits[:, :3], everything(tokens()).logits[:, :3], 1e-5)
+    assert (logits - everything(tokens()).logits).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(FeedbackForCausalLM.from_pretrained(tmp_path)(tokens()).logits, logits)
 
 
 def test_backbone_config_of_another_depth():

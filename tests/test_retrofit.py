@@ -175,11 +175,14 @@ def test_cached_padded_and_chunked(family, axis):
         assert_close(logits[1][mask[1].bool()], answer(model, batch[1:, :12])[0])
 
 
-@pytest.mark.parametrize("fields", [{}, {"solver": "sequential", "feedback_interval": 3}])
-def test_a_window_given_to_a_finished_model(fields, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "fields"), [("llama", {}), ("llama", {"solver": "sequential", "feedback_interval": 3}), ("qwen2", {})]
+)
+def test_a_window_given_to_a_finished_model(family, fields, tmp_path):
     """Attention of the layers behind the encoder may be narrowed, as in training, and widened again."""
-    model, batch = opened(retrofit(original("llama"), 1, 1, 3, "time", **fields)), tokens(2, 19)
+    model, batch = opened(retrofit(original(family), 1, 1, 3, "time", **fields)), tokens(2, 19)
     backbone, everything = model.config.backbone_config, answer(model, batch)
+    before = getattr(backbone, "sliding_window", None), getattr(backbone, "layer_types", None)
     backbone.sliding_window, backbone.layer_types = 4, ["full_attention", *["sliding_attention"] * (LAYERS - 1)]
     narrow = answer(model, batch)
     assert_close(narrow[:, :4], everything[:, :4], 1e-5)
@@ -190,7 +193,10 @@ def test_a_window_given_to_a_finished_model(fields, tmp_path):
     assert_close(torch.cat([first.logits, rest.logits], dim=1), narrow)
     model.save_pretrained(tmp_path)
     assert_close(answer(AutoModelForCausalLM.from_pretrained(tmp_path), batch), narrow, 1e-5)
-    backbone.sliding_window = backbone.layer_types = None
+    if family == "llama":
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no sliding attention"):
+            unretrofit(model)
+    backbone.sliding_window, backbone.layer_types = before
     assert torch.equal(answer(model, batch), everything)
 
 
@@ -271,6 +277,17 @@ def test_classifier_without_a_mask(family):
     batch = tokens(3, 19)
     batch[0, 5], batch[1, -4:] = SIZES["pad_token_id"], SIZES["pad_token_id"]
     assert_close(answer(retrofit(before, 1, 2, 3), batch), answer(before, batch))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_classifier_of_a_text_that_ends_with_the_padding_token(family):
+    """As where that is the token that ends a text: the mask says that it is real."""
+    before = original(family, AutoModelForSequenceClassification, num_labels=3)
+    batch, mask = tokens(2, 19), torch.ones(2, 19, dtype=torch.long)
+    batch[0, -1] = batch[1, 15:] = SIZES["pad_token_id"]
+    mask[1, 16:] = 0
+    given = {"attention_mask": mask}
+    assert_close(answer(retrofit(before, 1, 2, 3), batch, **given), answer(before, batch, **given))
 
 
 @pytest.mark.parametrize("family", [name for name in CAUSAL if name not in ("smollm3", "olmo2")])
@@ -374,7 +391,11 @@ def test_shared_step_cache():
         assert torch.equal(made.sequences, before.generate(batch, **options).sequences)
         sizes[shared] = made.past_key_values.num_bytes()
     assert sizes[False] / sizes[True] == (1 + 4 * 2 + 2) / LAYERS
-    model = opened(retrofit(before, 1, 2, 4, shared_step_cache=True))
+    model = opened(retrofit(before, 1, 2, 4, shared_step_cache=False))
+    cache = model(batch, use_cache=True).past_key_values
+    model.config.shared_step_cache = True  # from the next text on
+    with pytest.raises(ValueError, match="shared: False.*shared: True.*leave past_key_values out"):
+        model(batch, past_key_values=cache)
     assert_close(answer(model, batch), answer(opened_like(model, before), batch))  # without a cache, as ever
     with torch.no_grad():
         whole = model(batch, use_cache=True).logits
@@ -422,6 +443,13 @@ def test_from_a_folder(tmp_path):
     model = retrofit(tmp_path, encoder_layers=2, decoder_layers=0, axis="time")
     assert isinstance(model, FeedbackForCausalLM) and model.config.num_feedback_layers == LAYERS - 2
     assert torch.equal(answer(model, tokens()), answer(before, tokens()))
+
+
+def test_its_name_is_not_that_of_the_original(tmp_path):
+    """For PEFT would note it as the base of adapters, which then are loaded onto the original."""
+    original("llama").save_pretrained(tmp_path / "original")
+    adapted = get_peft_model(retrofit(tmp_path / "original", 1, 1), LoraConfig(r=2, task_type="CAUSAL_LM"))
+    assert not adapted.peft_config["default"].base_model_name_or_path
 
 
 def test_refuses_what_it_cannot_do():

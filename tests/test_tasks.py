@@ -1,5 +1,6 @@
 """The data of benchmarks/tasks against brute force, and that every task runs."""
 
+import json
 import random
 from itertools import permutations, product
 from types import SimpleNamespace
@@ -224,12 +225,15 @@ def test_results_continue_and_report(tmp_path, monkeypatch, capsys):
             "seconds": 1,
             "metrics": {"scaled accuracy": 1.0 if model == "feedback" else 0.5},
             "curve": {"40": 1.0},
+            "settings": self.settings(model),
         },
     )
+    other = {**task.run("feedback", 0, None), "settings": task.settings("feedback", steps=10)}
+    task.file.write_text(json.dumps(other) + "\n")  # which doesn't count
     task.run_missing(["feedback"], [0])
     task.run_missing(["feedback", "gru"], [0, 1, 2])
     task.run_missing(["feedback", "gru"], [0, 1, 2])
-    assert len(task.file.read_text().splitlines()) == 6
+    assert len(task.file.read_text().splitlines()) == 7 and len(task.finished().lines) == 6
     assert not task.report()  # a model is missing
     shown = capsys.readouterr().out
     assert "| feedback | 1,000 | **1.000** (1.000, 1.000, 1.000) | 1, 1, 1 |" in shown

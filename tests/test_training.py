@@ -273,6 +273,18 @@ def test_sampled_steps_are_those_that_run(tmp_path):
     assert all(module.num_steps is None for module in model.modules() if isinstance(module, FeedbackLoop))
 
 
+def test_an_interrupted_step_leaves_no_number_behind(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+            raise KeyboardInterrupt
+
+    model, callbacks = build(), [SampleFeedbackSteps(1, 2), Interrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, arguments(tmp_path), train_dataset=dataset(), callbacks=callbacks).train()
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tokens()).logits, model(tokens(), num_feedback_steps=3).logits)
+
+
 def test_a_curriculum_draws_up_to_where_it_is(tmp_path):
     """Another seed, or no curriculum, draws otherwise; the same draws alike, whatever drew before."""
     model = build()

@@ -43,9 +43,12 @@ EXPERIMENTS = {
 
 
 def finished() -> dict[str, Lines]:
+    """Of reasoning, the runs by the recipe of now."""
     found: dict[str, Lines] = {name: {} for name in EXPERIMENTS}
     for line in map(json.loads, FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []):
-        found[line["experiment"]].setdefault(line["model"], []).append(line)
+        name, model = line["experiment"], line["model"]
+        if name not in FAMILIES or line["recipe"] == reasoning.recipe(name, model):
+            found[name].setdefault(model, []).append(line)
     return found
 
 
@@ -73,6 +76,8 @@ def main() -> None:
     for seed in [] if arguments.report else arguments.seeds:
         for name in arguments.experiments:
             for model in arguments.models or EXPERIMENTS[name].models:
+                if model not in EXPERIMENTS[name].models:
+                    raise SystemExit(f"{name} has no {model}: choose from {', '.join(EXPERIMENTS[name].models)}.")
                 if any(line["seed"] == seed for line in finished()[name].get(model, [])):
                     continue
                 line = {"experiment": name, "model": model, "seed": seed}

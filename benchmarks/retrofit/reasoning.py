@@ -70,11 +70,10 @@ def run(family: str, name: str, seed: int) -> dict[str, Any]:
     chunk, window = FAMILIES[family].chunk, window_of(family, name)
     if name == "time":
         feedback = {**(feedback or {}), "feedback_interval": chunk}
-    seconds = LONGER.get(family, TRAINING)
     teacher = to_bfloat16(share(original)).requires_grad_(False)
     model = adapted(original, rank, feedback)
     batches, loss = examples(family, name, model, seed, tokenizer), partial(loss_of, model, teacher)
-    steps, losses = train(model, batches, loss, seconds)
+    steps, losses = train(model, batches, loss, LONGER.get(family, TRAINING))
     model.eval()
     right: dict[str, dict[str, float]] = {}
     lost: dict[str, dict[str, float]] = {}
@@ -94,20 +93,27 @@ def run(family: str, name: str, seed: int) -> dict[str, Any]:
             ids = tokens("python-docs", "train", tokenizer)
             cached = {shared: cached_perplexity(model, ids, shared) for shared in ("own", "shared")}
     return {
-        "recipe": {
-            "seconds": seconds,
-            "batch": BATCH,
-            "ordinary": ORDINARY,
-            "keeping": KEEPING,
-            "window": window,
-            "prompts": PROMPTS,
-        },
+        "recipe": recipe(family, name),
+        "prompts": PROMPTS,
         "parameters": trained_parameters(model),
         "steps": steps,
         "loss": sum(losses[-20:]) / len(losses[-20:]),
         "accuracy": right,
         "perplexity": lost,
         "perplexity of 4 passes, by slots of the cache": cached,
+    }
+
+
+def recipe(family: str, name: str) -> dict[str, Any]:
+    """What a run depends on beside the code and the seed; runs of another are none of these."""
+    chunk = FAMILIES[family].chunk if name == "time" else None
+    fields = {"rank": MODELS[name][0], "retrofit": MODELS[name][1], "chunk": chunk, "window": window_of(family, name)}
+    return {
+        **fields,
+        "seconds": LONGER.get(family, TRAINING),
+        "batch": BATCH,
+        "ordinary": ORDINARY,
+        "keeping": KEEPING,
     }
 
 
@@ -206,7 +212,7 @@ def perplexity(model: nn.Module, ids: Tensor, **arguments: Any) -> float:
 @torch.no_grad()
 def cached_perplexity(model: Any, ids: Tensor, slots: str, part: int = 8) -> float:
     """Of 4 rows of 512 tokens read 8 at a time, with a slot of the cache for every pass or one shared by all."""
-    model.get_base_model().model.loop.cell.shares_slots = slots == "shared"
+    model.config.shared_step_cache = slots == "shared"
     rows = ids[: 4 * 512].view(4, 512)
     cache, logits = None, []
     for start in range(0, 512, part):

@@ -173,8 +173,10 @@ class Task:
         return RESULTS / f"{self.name}.jsonl"
 
     def finished(self) -> Runs:
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        return Runs([json.loads(line) for line in lines])
+        """The runs with the settings of now; those of others, and of fewer steps, count for nothing."""
+        lines = map(json.loads, self.file.read_text().splitlines() if self.file.exists() else [])
+        now = {model: json.loads(json.dumps(self.settings(model))) for model in self.models}
+        return Runs([line for line in lines if line["settings"] == now.get(line["model"])])
 
     def run_missing(self, models: list[str], seeds: list[int], steps: int | None = None) -> None:
         """Each run is appended when it has finished, so that an interrupted table goes on where it stopped."""

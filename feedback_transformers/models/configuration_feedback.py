@@ -47,9 +47,12 @@ OTHER_NAMES = {
 
 def make_backbone(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     try:
-        return AutoConfig.for_model(model_type, **values)
+        backbone = AutoConfig.for_model(model_type, **values)
     except KeyError as error:  # of parameters of rotary positions
         raise ValueError(f"backbone_config can't be a {model_type}: {error.args[0]}.") from error
+    if "sliding_attention" in (values.get("layer_types") or ()):
+        backbone.sliding_window = values.get("sliding_window")  # which Qwen drops where use_sliding_window is False
+    return backbone
 
 
 @strict
@@ -230,6 +233,9 @@ class FeedbackConfig(PreTrainedConfig):
             own.update(attention_dropout=self.dropout, head_dim=self.hidden_size // self.num_attention_heads)
         layers = max(1, self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)
         own["n_layer" if model_type == "gpt2" else "num_hidden_layers"] = layers
+        kinds = given.get("layer_types")
+        if kinds and len(set(kinds)) == 1:
+            own["layer_types"] = [kinds[0]] * layers
         backbone = make_backbone(model_type, {**own, **named, "pad_token_id": None})
         if len(set(getattr(backbone, "layer_types", None) or [])) > 1:
             raise ValueError(f"All layers must be of one type, and this {model_type} has {backbone.layer_types}.")

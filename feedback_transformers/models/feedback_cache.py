@@ -34,7 +34,8 @@ class FeedbackCache(Cache):
         self.length = 0  # columns seen, padding included
         self.count: Tensor | None = None  # [B] real positions seen
         self.key_mask: Tensor | None = None  # [B, P] which columns are real; None where all are
-        self.steps: tuple[int, bool] | None = None  # the passes that filled it, and whether each was decoded
+        # The passes that filled it, whether each was decoded, and whether they shared slots.
+        self.steps: tuple[int, bool, bool] | None = None
 
     def index(self, slot: Slot) -> int:
         return self.slots.setdefault(slot, len(self.slots))

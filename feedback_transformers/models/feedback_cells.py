@@ -75,10 +75,10 @@ class TransformerCell(TransformerStack):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config, config.num_feedback_layers, causal=config.is_causal or config.feedback_axis == "time")
-        self.shares_slots = config.shared_step_cache
+        self.config = config
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return self.states(x, context, KeyValueSlots.of(context, overwrites=self.shares_slots))[-1]
+        return self.states(x, context, KeyValueSlots.of(context, overwrites=self.config.shared_step_cache))[-1]
 
     def step(self, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         return self(x, context), None
@@ -96,7 +96,6 @@ class MemoryTransformerCell(TransformerCell):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        self.config = config
         self.layer_weights = nn.Parameter(torch.empty(config.num_feedback_layers + 1))
 
     def init_parameters(self) -> None:

@@ -63,7 +63,7 @@ class FeedbackLoop(nn.Module):
         self.cross_attention = CrossAttention(config) if config.is_encoder_decoder else None
         self.halting = None if config.halting == "fixed" else HALTING[config.halting](config)
         self.gradient_checkpointing = False
-        self.num_steps: int | None = None  # set by training.SampleFeedbackSteps for the steps it trains
+        self.num_steps: int | None = None  # in training; set by training.SampleFeedbackSteps for the steps it trains
 
     def forward(
         self, e: Tensor, context: Context, readout: Readout, num_steps: int | None = None, every_step: bool = False
@@ -85,7 +85,9 @@ class FeedbackLoop(nn.Module):
 
     def num_passes(self, num_steps: int | None = None) -> int | None:
         """How many passes a call makes at most; None where it goes position by position."""
-        config, num_steps = self.config, self.num_steps if num_steps is None else num_steps
+        config = self.config
+        if num_steps is None and self.training:
+            num_steps = self.num_steps
         asked = config.num_feedback_steps if num_steps is None else num_steps
         for name, steps in (("num_feedback_steps", asked), ("solver_steps", config.solver_steps)):
             if not isinstance(steps, int) or steps < 1:
@@ -150,7 +152,7 @@ class FeedbackLoop(nn.Module):
             stop = min(number + (segment if number >= first else 1), passes)
             here = replace(context, running=progress.running) if stops and before is not None else context
             with torch.set_grad_enabled(grad and number >= first):
-                now = self.some_passes(e, before, here, readout, range(number, stop), passes, every_step)
+                now = self.some_passes(e, before, here, readout, number, stop, passes, every_step)
                 if progress is not None:
                     progress.num_steps = progress.num_steps + progress.running
                     logits = readout.predict(now.y) if reads_prediction else None
@@ -198,16 +200,17 @@ class FeedbackLoop(nn.Module):
         before: Pass | None,
         context: Context,
         readout: Readout,
-        numbers: range,
+        start: int,
+        stop: int,
         passes: int,
         wanted: bool,
     ) -> Pass:
-        """The last of the passes `numbers`, out of `passes`."""
-        if len(numbers) == 1:
-            return self.one_pass(e, before, context, readout, numbers[0], wanted, numbers[0] == passes - 1)
+        """The last of the passes from `start` to `stop`, out of `passes`."""
+        if stop - start == 1:
+            return self.one_pass(e, before, context, readout, start, wanted, stop == passes)
 
         def segment(before: Pass | None) -> Pass:
-            for number in numbers:
+            for number in range(start, stop):
                 before = self.one_pass(e, before, context, readout, number, wanted, number == passes - 1)
             return cast(Pass, before)
 

@@ -424,11 +424,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
         """A cache has a slot for every pass that is decoded; its steps can't change halfway through a text."""
         if cache is None:
             return
-        steps = (self.loop.num_passes(num_steps) or 1, every_step)
+        steps = (self.loop.num_passes(num_steps) or 1, every_step, self.config.shared_step_cache)
         if cache.steps is not None and cache.steps != steps:
+            then, now = (f"{n} feedback steps (each decoded: {d}, shared: {s})" for n, d, s in (cache.steps, steps))
             raise ValueError(
-                f"This cache was filled with {cache.steps[0]} feedback steps (each decoded: {cache.steps[1]}) and "
-                f"this call makes {steps[0]} (each decoded: {steps[1]}): to change that, leave past_key_values out."
+                f"This cache was filled with {then} and this call makes {now}: to change that, leave past_key_values "
+                "out."
             )
         cache.steps = steps
 

@@ -98,13 +98,15 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> FeedbackOutput:
-        """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding; a
-        retrofitted model then reads it as its original does, which only takes the last position for another."""
+        """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding. A
+        retrofitted decoder reads at the last token that is not pad_token_id, as its original does, and masks none."""
         self.settle(labels)
         mask = attention_mask
-        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            mask = (input_ids != self.config.pad_token_id).long()
-            attention_mask = None if self.config.retrofitted_from else mask
+        pad, as_original = self.config.pad_token_id, self.config.retrofitted_from and self.config.is_causal
+        if input_ids is not None and pad is not None and (mask is None or as_original):
+            mask = (input_ids != pad).long()
+            if attention_mask is None and not self.config.retrofitted_from:
+                attention_mask = mask
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
         return self.classify(outputs, labels, mask, kwargs.get("num_items_in_batch"))

@@ -72,7 +72,7 @@ class SampleFeedbackSteps(TrainerCallback):
 
 
 def set_steps(model: nn.Module, num_steps: int | None) -> None:
-    """The feedback steps of calls that don't name theirs; None for the config's."""
+    """The feedback steps of calls in training that don't name theirs; None for the config's."""
     for module in model.modules():
         if isinstance(module, FeedbackLoop):
             module.num_steps = num_steps
