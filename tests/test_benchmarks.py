@@ -1,6 +1,7 @@
 """What the benchmarks share, and that their reports read the recorded runs."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from benchmarks import claims, exactness, growth, halting, timing, training
 from benchmarks.retrofit import __main__ as retrofit
+from benchmarks.tasks import __main__ as tasks
 
 
 def test_train_and_evaluate():
@@ -48,6 +50,12 @@ def test_report_of_retrofits(capsys):
     printed = capsys.readouterr().out
     assert printed.count("|") > 20
     assert reached == ("FAIL  " not in printed) and "pass  " in printed
+
+
+def test_readme_shows_the_recorded_runs():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    for row in tasks.overview():
+        assert row in text
 
 
 def test_noise_hides_what_a_model_knows():

@@ -37,19 +37,32 @@ OVERVIEW = {  # of each task that is no matter of gradient modes or passes, what
 }
 
 
-def overview() -> None:
-    """One table: the mean of each model on each task, and on how many seeds."""
-    runs = {name: TASKS[name].finished() for name in OVERVIEW}
-    models = dict.fromkeys(model for name in OVERVIEW for model in TASKS[name].models)
-    print("\n| model |", " | ".join(title for _, title in OVERVIEW.values()), "|")
-    print("|---|", "---|" * len(OVERVIEW), sep="")
-    for model in models:
+TITLES = {
+    "feedback": "feedback, transformer cell",
+    "feedback-window": "the same with a window of 4 tokens",
+    "feedback-mlp": "feedback, MLP cell",
+    "feedback-lstm": "feedback, LSTM cell",
+    "feedback-gru": "feedback, GRU cell",
+    "recurrent-looped": "recurrent-looped",
+    "our-gru": "our GRU, its own state alone",
+    "control": "control without feedback",
+    "llama": "Llama",
+    "gru": "nn.GRU",
+    "lstm": "nn.LSTM",
+}
+
+
+def overview() -> list[str]:
+    """The rows of one table: the mean of each model on each task, and on how many seeds."""
+    runs, rows = {name: TASKS[name].finished() for name in OVERVIEW}, []
+    for model, title in TITLES.items():
         cells = []
         for name, (metric, _) in OVERVIEW.items():
             values, digits = runs[name].values(model, metric), 3 if metric == "scaled accuracy" else 1
             cells.append(f"{runs[name].mean(model, metric):.{digits}f} ({len(values)})" if values else "")
         if any(cells):
-            print(f"| {model} |", " | ".join(cells), "|")
+            rows.append(f"| {title} | {' | '.join(cells)} |")
+    return rows
 
 
 def main() -> None:
@@ -78,7 +91,8 @@ def main() -> None:
     if arguments.smoke:
         return
     reached = [task.report() for task in tasks]
-    overview()
+    print("\n| model |", " | ".join(title for _, title in OVERVIEW.values()), "|")
+    print("|---|", "---|" * len(OVERVIEW), *(f"\n{row}" for row in overview()), sep="")
     for task in tasks:
         task.plot()
     raise SystemExit(0 if all(reached) else 1)
