@@ -12,22 +12,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import feedback_transformers
-from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data
-from feedback_transformers.training import draw_steps
+from benchmarks import training
+from benchmarks.training import RECIPE
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
 
 RESULTS = Path(__file__).parent / "results" / "small_beats_large.jsonl"
 LENGTH, SEQUENCES, WIDTH = 128, 24_000, 128
@@ -48,8 +46,6 @@ FEEDBACK: dict[str, Any] = {
     "gradient_steps": 3,
     "supervision": "all",
 }
-# The same for all models, found on a small feed-forward one; benchmarks/LOG.md has the search.
-RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 7e-3, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
 SAMPLED = (3, 5)  # feedback steps in training, uniform
 
 
@@ -65,85 +61,26 @@ def build(name: str, vocab_size: int) -> nn.Module:
     return FeedbackForCausalLM(config)
 
 
-def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside, AdamW for embeddings, readout, gains and biases."""
-    inner: list[nn.Parameter] = []
-    outer: list[nn.Parameter] = []
-    flat: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            flat.append(parameter)
-        else:
-            (outer if "embed" in name or "lm_head" in name else inner).append(parameter)
-    decay = RECIPE["weight_decay"]
-    muon = torch.optim.Muon(inner, lr=RECIPE["muon_lr"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
-    groups = [{"params": outer, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
-    return [muon, torch.optim.AdamW(groups, lr=RECIPE["adamw_lr"], betas=(0.9, 0.95))]
-
-
-def schedule(step: int, total: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    warmup = max(1, int(RECIPE["warmup"] * total))
-    return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
-
-
-def characters() -> tuple[Tensor, Tensor, int]:
-    """Training and validation characters as ids, and how many kinds there are."""
-    texts = data.load("shakespeare")
-    train, rest = (
-        "".join(part) for part in (texts["train"]["text"], [*texts["validation"]["text"], *texts["test"]["text"]])
-    )
-    ids = {character: i for i, character in enumerate(sorted(set(train + rest)))}
-    return torch.tensor([ids[c] for c in train]), torch.tensor([ids[c] for c in rest]), len(ids)
-
-
-@torch.no_grad()
-def validation_losses(model: nn.Module, rest: Tensor, steps: range | None, sequences: int = 512) -> list[float]:
+def validation_losses(model: Any, steps: range | None, sequences: int = 512) -> list[float]:
     """Mean nats per character on sequences spread evenly over the held-out tenth, at each number of steps."""
-    model.eval()
-    starts = torch.linspace(0, len(rest) - LENGTH - 2, sequences).long()
-    batches = torch.stack([rest[start : start + LENGTH + 1] for start in starts]).split(64)
-    losses = []
-    for number in steps or [None]:
-        arguments: dict[str, Any] = {} if number is None else {"num_feedback_steps": number}
-        logits = (model(batch[:, :-1], use_cache=False, **arguments).logits for batch in batches)
-        total = sum(
-            nn.functional.cross_entropy(part.flatten(0, 1), batch[:, 1:].flatten()).item() * len(batch)
-            for part, batch in zip(logits, batches, strict=True)
-        )
-        losses.append(total / sequences)
-    return losses
+    rows = training.held_out(LENGTH, sequences)
+    arguments: list[dict[str, Any]] = [{"num_feedback_steps": number} for number in steps] if steps else [{}]
+    return [training.evaluate(model, rows, **each)[0] for each in arguments]
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
     """Trains and evaluates one model; returns the line for the results."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    train, rest, vocab_size = characters()
-    model = build(name, vocab_size).train()
+    model: Any = build(name, training.characters()[2])
     nn.init.normal_(model.get_input_embeddings().weight, std=RECIPE["embedding_std"])
-    total = SEQUENCES // int(RECIPE["batch"])
-    generator = torch.Generator().manual_seed(1000 + seed)
-    both, start = optimizers(model), time.time()
-    rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
-    for step in tqdm(range(total), desc=f"{name}, seed {seed}", mininterval=10):
-        starts = torch.randint(0, len(train) - LENGTH - 1, (int(RECIPE["batch"]),), generator=generator)
-        batch = train[starts[:, None] + torch.arange(LENGTH + 1)]
-        steps = {"num_feedback_steps": draw_steps(step, *SAMPLED, seed)} if name == "feedback" else {}
-        targets = batch[:, 1:].contiguous()
-        model(batch[:, :-1], labels=targets, shift_labels=targets, use_cache=False, **steps).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, lrs in zip(both, rates, strict=True):
-            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                group["lr"] = lr * schedule(step, total)
-            optimizer.step()
-            optimizer.zero_grad()
-    seconds = time.time() - start
+    batch, sampled = int(RECIPE["batch"]), SAMPLED if name == "feedback" else None
+    seconds = training.train(model, SEQUENCES // batch, LENGTH, batch, sampled, seed)
     return {
         "model": name,
         "seed": seed,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "losses": validation_losses(model, rest, STEPS if name == "feedback" else None),
+        "losses": validation_losses(model, STEPS if name == "feedback" else None),
         "seconds": round(seconds),
         "load": os.getloadavg()[0],
         "threads": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.small_beats_large import RECIPE, characters, optimizers, schedule
-from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data
 from feedback_transformers.training import draw_steps
+
+# The same for all models, found on a small feed-forward one; benchmarks/LOG.md has the search.
+RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 7e-3, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
 
 
 def build(seed: int = 0, **fields: Any) -> FeedbackForCausalLM:
@@ -28,8 +31,40 @@ def build(seed: int = 0, **fields: Any) -> FeedbackForCausalLM:
     return model
 
 
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside, AdamW for embeddings, readout, gains and biases."""
+    inner: list[nn.Parameter] = []
+    outer: list[nn.Parameter] = []
+    flat: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            flat.append(parameter)
+        else:
+            (outer if "embed" in name or "lm_head" in name else inner).append(parameter)
+    decay = RECIPE["weight_decay"]
+    muon = torch.optim.Muon(inner, lr=RECIPE["muon_lr"], weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    groups = [{"params": outer, "weight_decay": decay}, {"params": flat, "weight_decay": 0.0}]
+    return [muon, torch.optim.AdamW(groups, lr=RECIPE["adamw_lr"], betas=(0.9, 0.95))]
+
+
+def schedule(step: int, total: int) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    warmup = max(1, int(RECIPE["warmup"] * total))
+    return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
+
+
+def characters() -> tuple[Tensor, Tensor, int]:
+    """Training and validation characters as ids, and how many kinds there are."""
+    texts = data.load("shakespeare")
+    train, rest = (
+        "".join(part) for part in (texts["train"]["text"], [*texts["validation"]["text"], *texts["test"]["text"]])
+    )
+    ids = {character: i for i, character in enumerate(sorted(set(train + rest)))}
+    return torch.tensor([ids[c] for c in train]), torch.tensor([ids[c] for c in rest]), len(ids)
+
+
 def train(
-    model: FeedbackForCausalLM,
+    model: Any,
     steps: int,
     length: int,
     batch: int = 8,
@@ -37,7 +72,7 @@ def train(
     seed: int = 0,
     callback: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Trains in place with the recipe of small_beats_large; the seconds it took."""
+    """Trains in place by RECIPE; the seconds it took."""
     data, both = characters()[0], optimizers(model.train())
     generator, start = torch.Generator().manual_seed(1000 + seed), time.time()
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
@@ -69,7 +104,7 @@ def held_out(length: int, sequences: int) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: FeedbackForCausalLM, rows: Tensor, **arguments: Any) -> tuple[float, float | None]:
+def evaluate(model: Any, rows: Tensor, **arguments: Any) -> tuple[float, float | None]:
     """Mean nats per character of rows [N, T + 1], and the mean number of passes where a position may stop early."""
     losses, steps = [], []
     for part in rows.split(16):
@@ -77,6 +112,6 @@ def evaluate(model: FeedbackForCausalLM, rows: Tensor, **arguments: Any) -> tupl
         losses.append(
             nn.functional.cross_entropy(outputs.logits.flatten(0, 1), part[:, 1:].flatten()).item() * len(part)
         )
-        if outputs.num_feedback_steps is not None:
+        if getattr(outputs, "num_feedback_steps", None) is not None:
             steps.append(outputs.num_feedback_steps.float().mean().item() * len(part))
     return sum(losses) / len(rows), sum(steps) / len(rows) if steps else None
