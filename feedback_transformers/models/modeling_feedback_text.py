@@ -99,7 +99,8 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         **kwargs: Any,
     ) -> FeedbackOutput:
         """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding. A
-        retrofitted decoder reads at the last token that is not pad_token_id, as its original does, and masks none."""
+        retrofitted decoder does as its original: it reads at the last token that is not pad_token_id, whatever the
+        mask says, and masks nothing where there is none."""
         self.settle(labels)
         mask = attention_mask
         pad, as_original = self.config.pad_token_id, self.config.retrofitted_from and self.config.is_causal
