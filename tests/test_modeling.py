@@ -355,7 +355,7 @@ def test_logits_to_keep():
     logits = model(batch).logits
     assert_close(model(batch, logits_to_keep=1).logits, logits[:, -1:], 1e-6)
     assert_close(model(batch, logits_to_keep=torch.tensor([0, 5])).logits, logits[:, [0, 5]], 1e-6)
-    with pytest.raises(ValueError, match="batch_size"):
+    with pytest.raises(ValueError, match="labels have the shape"):
         model(batch, labels=batch, logits_to_keep=3)
 
 
