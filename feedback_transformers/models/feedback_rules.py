@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
 from .feedback_names import BIDIRECTIONAL_TYPES, CHOICES, DIAGONAL_TYPES, RECURRENT_TYPES, shared_names
+
+logger = logging.get_logger(__name__)
 
 LARGEST = 2**31  # no dimension of a tensor, and no number of steps, comes near
 MOST_LAYERS = 10_000  # configs of transformers list what they are, one by one
@@ -29,6 +32,8 @@ def check(config: Any) -> None:
     """Raises ValueError for the first rule that `config`, a FeedbackConfig, breaks."""
     for rule in (numbers, labels, backbones, combinations, solvers, haltings, memories, modalities, retrofits):
         refuse(rule(config))
+    for sentence in unread(config):
+        logger.warning_once(sentence)
 
 
 def check_sizes(config: Any, model_type: str) -> None:
@@ -185,6 +190,16 @@ def solvers(config: Any) -> Iterator[str]:
             "solver='newton' solves recurrences of single channels: it needs feedback_signal='none' and a "
             f"feedback_type out of {', '.join(DIAGONAL_TYPES)}."
         )
+
+
+def unread(config: Any) -> Iterator[str]:
+    """Numbers of steps that somebody set and nothing reads."""
+    depth = config.feedback_axis == "depth"
+    name, instead = (
+        ("solver_steps", "num_feedback_steps") if depth else ("num_feedback_steps", "solver='jacobi' and solver_steps")
+    )
+    if getattr(config, name) != getattr(type(config), name):
+        yield f"{name} has no effect with feedback_axis={config.feedback_axis!r}: set {instead} for its passes."
 
 
 def haltings(config: Any) -> Iterator[str]:
