@@ -5,6 +5,7 @@ from conftest import build, tiny, tokens
 from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM
+from feedback_transformers.models import feedback_rules
 from feedback_transformers.models.configuration_feedback import AUTO_MAP, MODELING
 from feedback_transformers.models.feedback_names import BACKBONE_TYPES
 
@@ -73,6 +74,19 @@ def test_presets(name):
     assert FeedbackConfig.preset(name, num_feedback_layers=5).num_feedback_layers == 5
     with pytest.raises(Exception, match="positional"):
         FeedbackConfig(50)
+
+
+@pytest.mark.parametrize(
+    ("axis", "unread", "read"),
+    [("time", "num_feedback_steps", "solver_steps"), ("depth", "solver_steps", "num_feedback_steps")],
+)
+def test_steps_that_nothing_reads_are_told(axis, unread, read, monkeypatch):
+    said = []
+    monkeypatch.setattr(feedback_rules.logger, "warning_once", said.append)
+    FeedbackConfig(feedback_axis=axis, **{read: 7})
+    assert not said
+    FeedbackConfig(feedback_axis=axis, **{unread: 7})
+    assert len(said) >= 1 and f"{unread} has no effect with feedback_axis='{axis}'" in said[0] and read in said[0]
 
 
 def test_num_hidden_layers_is_not_inflated():

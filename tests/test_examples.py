@@ -211,7 +211,8 @@ def test_a_resumed_retrofit_has_the_losses_of_the_whole_one(axis, tmp_path):
 @pytest.mark.parametrize("axis", ["depth", "time"])
 def test_what_a_retrofit_leaves(axis, tmp_path):
     """The merged model loads by its config alone, and is the original with the adapter, whose share was trained."""
-    measured = run("retrofit_lora", "--axis", axis, "--learning_rate", 1e-2, "--output_dir", tmp_path)
+    flags = ["--axis", axis, "--learning_rate", 1e-2, "--config_overrides", "feedback_noise=0.001"]
+    measured = run("retrofit_lora", *flags, "--output_dir", tmp_path)
     for text in ("python-docs", "shakespeare"):
         for steps in (1, 4):
             before = measured[f"perplexity_before_{text}_step_{steps}"]
@@ -219,6 +220,7 @@ def test_what_a_retrofit_leaves(axis, tmp_path):
     assert measured["perplexity_after_python-docs_step_4"] < measured["perplexity_before_python-docs_step_4"]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert merged.config.retrofitted_from == "LlamaForCausalLM" and merged.config.feedback_axis == axis
+    assert merged.config.feedback_noise == 0.001
     layers = [getattr(merged.config, f"num_{part}_layers") for part in ("encoder", "feedback", "decoder")]
     assert layers == [1, 1, 1]
     adapted = PeftModel.from_pretrained(retrofit(tmp_path / "base", 1, 1, 4, axis), tmp_path / "adapter").eval()
