@@ -3,7 +3,6 @@
 from importlib.util import find_spec
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .models.configuration_feedback import MODELING, PRESETS, FeedbackConfig
 from .models.feedback_cache import FeedbackCache
@@ -58,8 +57,6 @@ def _register() -> None:
     for auto, reference in MODELING.items():
         model = globals()[reference.split(".")[1]]
         getattr(transformers, auto).register(FeedbackConfig, model, exist_ok=True)
-    # Trainer's label smoothing looks here for the models whose labels it has to shift.
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["feedback"] = "FeedbackForCausalLM"
     if find_spec("peft") is not None:
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 

@@ -86,14 +86,27 @@ def sharing(args: argparse.Namespace, source: Path, target: Path) -> hub.Sharing
         card["command"] = args.reproduce
     if args.results and not results.is_file():
         raise ValueError(f"There is no file {results}: give --results a JSON of metrics by name.")
-    numbers = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    numbers = read_metrics(results) if results.is_file() else {}
     found = numbers if args.results else hub.measured(numbers)
+    for name, value in found.items():
+        if not isinstance(value, int | float):
+            raise ValueError(f"{results} holds {name}={value!r}, which is not a number.")
     if found and not args.dataset:
         raise ValueError("Say with --dataset what the results were measured on.")
     plots = sorted(source.glob("plots/*.png"))
     if state.is_file() and not plots:
         plots = hub.draw_losses(json.loads(state.read_text(encoding="utf-8"))["log_history"], target)
-    return hub.Sharing(results={name: float(value) for name, value in found.items()}, plots=plots, card=card)
+    return hub.Sharing(results=found, plots=plots, card=card)
+
+
+def read_metrics(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f'{file} holds a {type(found).__name__}: give metrics by name, such as {{"eval_loss": 1.5}}.')
+    return found
 
 
 def run_export(args: argparse.Namespace) -> None:

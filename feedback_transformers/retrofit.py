@@ -46,8 +46,9 @@ def retrofit(
 ) -> FeedbackPreTrainedModel:
     """A feedback model out of `model`, whose weights the two share.
 
-    They are the same tensors: what changes or freezes those of one does so in the other. Adapters leave them alone;
-    to train all of the weights, or to resize the embeddings, give a copy.
+    They are the same tensors: what changes or freezes those of one does so in the other. Adapters leave them alone
+    until they are merged; to merge them, to train all of the weights, or to resize the embeddings, give a copy
+    (`copy.deepcopy(model)`) if the original is still to be used.
 
     Args:
         model: a name on the Hub, a folder, or a model in memory: of a language model, a sequence classifier, or a
@@ -91,7 +92,7 @@ def unretrofit(model: FeedbackPreTrainedModel) -> PreTrainedModel:
     """
     check_shareable(model)
     config = model.config
-    if not hasattr(transformers, str(config.retrofitted_from)):
+    if not hasattr(transformers, str(getattr(config, "retrofitted_from", None))):
         raise ValueError(
             "This model was not made by retrofit of a class of transformers, so there is no other class to give back."
         )
@@ -154,6 +155,8 @@ def load(name: str | Path) -> PreTrainedModel:
 
 
 def check_shareable(model: Any) -> None:
+    if not isinstance(model, nn.Module) or not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise ValueError(f"Give a model of transformers, not this {type(model).__name__}.")
     if not isinstance(model, PreTrainedModel) or any(hasattr(part, "base_layer") for part in model.modules()):
         raise ValueError(
             f"Give a model of transformers without adapters, not this {type(model).__name__}: merge or unload them "

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure  # without pyplot: no display, no global st
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
+from .models.modeling_feedback_text import FeedbackForCausalLM
+
 COLORS = ("#0b6e99", "#d1495b", "#66a182", "#edae49", "#6c4f8c", "#8c8c8c")
 INVISIBLE = {"\n": "↵", " ": "␣", "\t": "⇥"}
 
@@ -29,6 +31,8 @@ def loss_curves(
         histories: by the name of each run, its `trainer.state.log_history`.
         path: where to write the picture.
     """
+    if not isinstance(histories, Mapping):
+        raise ValueError("Give the histories by name, as in {'my run': trainer.state.log_history}.")
     figure, axes = _figure(7, 4.2)
     evaluated: list[float] = []
     for color, (name, history) in zip(_colors(len(histories)), histories.items(), strict=True):
@@ -53,6 +57,8 @@ def loss_curves(
 
 def accuracy_per_step(accuracies: Mapping[str, Sequence[float]], path: str | PathLike[str] | None = None) -> Figure:
     """The accuracy [0, 1] after each feedback step, of one or more models or data sets by name."""
+    if not any(len(values) for values in accuracies.values()):
+        raise ValueError("There is no accuracy to show: give a list of them for each name.")
     figure, axes = _figure(5.5, 3.6)
     for color, (name, values) in zip(_colors(len(accuracies)), accuracies.items(), strict=True):
         steps = range(1, len(values) + 1)
@@ -93,8 +99,8 @@ def predictions_over_steps(
     probabilities, choices, targets = step_predictions(model, tokenizer, text, num_feedback_steps)
     if len(probabilities) < 2:
         raise ValueError(
-            "This model makes one step per position: give num_feedback_steps, with feedback_axis='depth' or "
-            "solver='jacobi'."
+            "There is one step to show: give num_feedback_steps of 2 or more to a model in depth, or with "
+            "config.solver='jacobi' along time."
         )
     probabilities, choices, targets = probabilities[:, -last:], choices[:, -last:], targets[-last:]
     rows, columns = probabilities.shape
@@ -133,6 +139,8 @@ def step_predictions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each feedback step the probability [K, T-1] of the true next token, and the first choice [K, T-1]; and the
     true tokens [T-1]."""
+    if not isinstance(model, FeedbackForCausalLM):
+        raise ValueError(f"Give a FeedbackForCausalLM, not this {type(model).__name__}: its next tokens are shown.")
     ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
     if ids.shape[1] < 2:
         raise ValueError("Give a text of at least two tokens: each is predicted by those before it.")

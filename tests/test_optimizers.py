@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackForTokenClassification
 from feedback_transformers.training import MuonAdamW
 
 
@@ -34,6 +34,17 @@ def test_every_weight_is_trained_once_and_by_the_right_one():
     assert sorted([*muon, *outer, *flat]) == sorted(names.values())
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3, 1e-3]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_a_classifier_is_read_and_fed_back_outside_of_muon():
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_attention_heads": 2}
+    config = FeedbackConfig(**sizes, feedback_axis="time", feedback_type="diagonal_gru", feedback_signal="output")
+    trained = FeedbackForTokenClassification(config)
+    names = {id(p): name for name, p in trained.named_parameters()}
+    muon, outer, _ = ({names[id(p)] for p in group["params"]} for group in MuonAdamW(trained).param_groups)
+    diagonal = {name for name in names.values() if name.endswith("diagonal.weight")}
+    assert outer == {"classifier.weight", "feedback_classifier.weight", "model.embeddings.tokens.weight", *diagonal}
+    assert diagonal and not muon & outer
 
 
 def test_it_does_what_the_two_of_pytorch_do():

@@ -80,7 +80,7 @@ def test_predictions_over_steps(tmp_path):
 
 def test_a_model_of_one_step_is_refused():
     model, tokenizer = language_model(feedback_axis="time")
-    with pytest.raises(ValueError, match="one step per position"):
+    with pytest.raises(ValueError, match="There is one step to show"):
         visualize.predictions_over_steps(model, tokenizer, TEXT)
 
 

@@ -73,6 +73,11 @@ def blocks(
 
     if isinstance(dataset, DatasetDict):
         return DatasetDict({name: blocks(part, tokenizer, block_size, column) for name, part in dataset.items()})
+    if not isinstance(dataset, Dataset):
+        raise ValueError(
+            f"Give a data set with a column of texts, not a {type(dataset).__name__}: "
+            f"datasets.Dataset.from_dict({{'{column}': texts}}) makes one of a list."
+        )
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}, but must be at least 1.")
     split = f" {dataset.split}" if dataset.split else ""

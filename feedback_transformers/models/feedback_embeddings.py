@@ -19,6 +19,9 @@ class TokenEmbeddings(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+            kind = str(input_ids.dtype) if isinstance(input_ids, Tensor) else f"a {type(input_ids).__name__}"
+            raise ValueError(f"input_ids are {kind}: give a tensor of whole numbers, as return_tensors='pt' makes it.")
         if not torch.compiler.is_compiling() and input_ids.device.type == "cpu" and input_ids.numel():
             low, high, size = input_ids.min().item(), input_ids.max().item(), len(self.tokens.weight)
             if low < 0 or high >= size:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 from transformers.masking_utils import (
     create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
@@ -73,9 +74,10 @@ class TransformerStack(nn.Module):
         return arguments
 
     def attention_mask(self, x: Tensor, context: Context, kind: str) -> Any:
-        if not self.causal:
-            return create_bidirectional_mask(self.backbone, x, context.mask)
         sliding = kind == "sliding_attention"
+        if not self.causal:
+            create = create_bidirectional_sliding_window_mask if sliding else create_bidirectional_mask
+            return create(self.backbone, x, context.mask)
         if not sliding and context.key_mask is None and x.shape[1] == 1:
             return None  # one query sees every key
         sizes: Any = MaskSizes(context.offset)

@@ -348,7 +348,8 @@ class FeedbackLoop(nn.Module):
         length = context.position_ids.shape[1]
         bounds = {0, length, *range(0, length, truncate or length)}
         if block is not None:
-            offsets = {0} if block == 1 else set((-context.count % block).tolist())
+            begins = block == 1 or context.offset == 0  # a list of what tensors hold can't be exported
+            offsets = {0} if begins else set((-context.count % block).tolist())
             bounds.update(start for offset in offsets for start in range(offset, length, block))
         starts = sorted(bounds)
         return list(zip(starts, starts[1:], strict=False))

@@ -16,6 +16,7 @@ logger = logging.get_logger(__name__)
 
 LARGEST = 2**31  # no dimension of a tensor, and no number of steps, comes near
 MOST_LAYERS = 10_000  # configs of transformers list what they are, one by one
+ATTENTIONS = ("full_attention", "sliding_attention")
 LAYERS = ("num_encoder_layers", "num_feedback_layers", "num_decoder_layers")
 AT_LEAST = {
     **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 0),
@@ -30,7 +31,18 @@ WEIGHTS = ("feedback_noise", "initializer_range", "halting_weight")
 
 def check(config: Any) -> None:
     """Raises ValueError for the first rule that `config`, a FeedbackConfig, breaks."""
-    for rule in (numbers, labels, backbones, combinations, solvers, haltings, memories, modalities, retrofits):
+    for rule in (
+        numbers,
+        labels,
+        backbones,
+        windows,
+        combinations,
+        solvers,
+        haltings,
+        memories,
+        modalities,
+        retrofits,
+    ):
         refuse(rule(config))
     for sentence in unread(config):
         logger.warning_once(sentence)
@@ -39,6 +51,11 @@ def check(config: Any) -> None:
 def check_sizes(config: Any, model_type: str) -> None:
     """Those that the config of a backbone is made of, so that this comes before all other rules."""
     refuse(sizes(config, model_type))
+
+
+def check_windows(config: Any) -> None:
+    """Which are set on a live model too, so that each call asks."""
+    refuse(windows(config))
 
 
 def check_given(config: Any, others: dict[str, Any]) -> None:
@@ -129,13 +146,11 @@ def labels(config: Any) -> Iterator[str]:
 def backbones(config: Any) -> Iterator[str]:
     """What the configs of transformers do not check."""
     backbone = config.backbone_config
-    head_dim, window = getattr(backbone, "head_dim", None), getattr(backbone, "sliding_window", None)
+    head_dim = getattr(backbone, "head_dim", None)
     if head_dim is not None:
         yield from whole("head_dim of backbone_config", head_dim)
         if head_dim % 2:
             yield f"head_dim of backbone_config is {head_dim}; rotary positions need an even number."
-    if window is not None:
-        yield from whole("sliding_window of backbone_config", window)
     rope = getattr(backbone, "rope_parameters", None) or {}
     for parameters in (
         rope,
@@ -144,6 +159,23 @@ def backbones(config: Any) -> Iterator[str]:
         kind = parameters.get("rope_type", "default")
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             yield f"Unknown rope_type {kind!r} in backbone_config; choose default or {', '.join(ROPE_INIT_FUNCTIONS)}."
+
+
+def windows(config: Any) -> Iterator[str]:
+    backbone = config.backbone_config
+    window, kinds = getattr(backbone, "sliding_window", None), getattr(backbone, "layer_types", None) or []
+    if window is not None:
+        yield from whole("sliding_window of backbone_config", window)
+    elif "sliding_attention" in kinds:
+        yield "layer_types of backbone_config has sliding_attention: set its sliding_window too."
+    if set(kinds) - set(ATTENTIONS):
+        given = ", ".join(map(str, set(kinds)))
+        yield f"layer_types of backbone_config has {given}; choose out of {', '.join(ATTENTIONS)}."
+    if kinds and config.retrofitted_from is not None and len(kinds) != backbone.num_hidden_layers:
+        yield (
+            f"layer_types of backbone_config names {len(kinds)} layers out of "
+            f"{backbone.num_hidden_layers}: name each of them."
+        )
 
 
 def combinations(config: Any) -> Iterator[str]:
@@ -193,13 +225,19 @@ def solvers(config: Any) -> Iterator[str]:
 
 
 def unread(config: Any) -> Iterator[str]:
-    """Numbers of steps that somebody set and nothing reads."""
-    depth = config.feedback_axis == "depth"
-    name, instead = (
-        ("solver_steps", "num_feedback_steps") if depth else ("num_feedback_steps", "solver='jacobi' and solver_steps")
-    )
-    if getattr(config, name) != getattr(type(config), name):
-        yield f"{name} has no effect with feedback_axis={config.feedback_axis!r}: set {instead} for its passes."
+    """What somebody set and nothing reads."""
+    depth, passes = config.feedback_axis == "depth", "set solver='jacobi' and solver_steps for passes"
+    idle = {
+        "num_feedback_steps": (not depth, f"with feedback_axis='time': {passes}"),
+        "solver_steps": (depth, "with feedback_axis='depth': set num_feedback_steps for its passes"),
+        "solver_tolerance": (config.solver == "sequential" and not depth, f"with solver='sequential': {passes}"),
+        "solver_block_size": (config.solver != "gauss_seidel", "but with solver='gauss_seidel': set that"),
+        "supervision": (not config.in_passes, f"with one pass in order: {passes}"),
+        "halting_threshold": (config.halting == "fixed", "with halting='fixed': set halting='converged'"),
+    }
+    for name, (unused, why) in idle.items():
+        if unused and getattr(config, name) != getattr(type(config), name):
+            yield f"{name} has no effect {why}."
 
 
 def haltings(config: Any) -> Iterator[str]:

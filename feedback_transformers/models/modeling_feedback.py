@@ -31,6 +31,7 @@ from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
 from .feedback_files import check_sums, drop_sums, sha256, write_sums
 from .feedback_loop import FeedbackLoop, Readout
+from .feedback_rules import check_windows
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
     from .modeling_feedback_image import FeedbackForImageClassification  # noqa: F401
@@ -293,7 +294,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def token_table(self, device: torch.device) -> Tensor:
         """E [D, V], read through its module, so that adapters and hooks count."""
-        return self.get_input_embeddings()(torch.arange(self.config.vocab_size, device=device)).t()
+        return self.get_input_embeddings()(torch.arange(self.config.vocab_size, device=device)[None])[0].t()
 
     def feed_tokens(self, predict: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
         """y -> softmax(logits) E, the prediction fed back; E is read once for all steps."""
@@ -336,6 +337,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
         if len(given) != 1:
             raise ValueError("Give exactly one of input_ids, inputs_embeds, pixel_values and past_values.")
+        if not torch.compiler.is_compiling():
+            check_windows(self.config)
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
@@ -393,18 +396,9 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FeedbackCache | None
     ) -> tuple[Context, Tensor | None]:
         """What the parts may know of these positions, and the order [B, T] that puts the real ones first."""
-        if embedded.ndim != 3:
-            raise ValueError(f"The input has {embedded.ndim - 1} dimensions; it must be [batch, positions].")
+        self.check_shapes(embedded, position_ids, cache)
         batch, length, _ = embedded.shape
         offset = 0 if cache is None else cache.length
-        if batch == 0 or length == 0:
-            raise ValueError("The input is empty: give at least one position.")
-        longest = self.config.max_position_embeddings - self.first_position
-        if self.config.has_attention and offset + length > longest:
-            raise ValueError(
-                f"{offset + length} positions are more than max_position_embeddings ({longest}): shorten the input, "
-                "or build a model with more."
-            )
         mask, order = first_real(attention_mask, batch, length)
         columns = torch.arange(length, device=embedded.device)
         count = columns.new_zeros(batch) if cache is None or cache.count is None else cache.count
@@ -413,12 +407,56 @@ class FeedbackModel(FeedbackPreTrainedModel):
         else:
             position_ids = position_ids.expand(batch, length) - self.first_position
             position_ids = position_ids if order is None else position_ids.gather(1, order)
+            position_ids = position_ids if mask is None else position_ids.masked_fill(~mask, 0)
+            self.check_positions(position_ids, mask)
         key_mask = None
         if not self.config.is_causal:
             key_mask = mask
         elif cache is not None and cache.key_mask is not None:
             key_mask = torch.cat([cache.key_mask, cache.key_mask.new_ones(batch, length)], dim=1)
         return Context(position_ids, count, offset, mask, key_mask, cache), order
+
+    def check_shapes(self, embedded: Tensor, position_ids: Tensor | None, cache: FeedbackCache | None) -> None:
+        if embedded.ndim != 3:
+            raise ValueError(f"The input has {embedded.ndim - 1} dimensions; it must be [batch, positions].")
+        batch, length, size = embedded.shape
+        if size != self.config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds are {size} wide; this model takes {self.config.hidden_size}, its hidden_size."
+            )
+        if position_ids is not None and position_ids.shape[-1] != length:
+            raise ValueError(
+                f"position_ids have the shape {[*position_ids.shape]} and the input {[batch, length]}: give a place "
+                "for each position."
+            )
+        offset = 0 if cache is None else cache.length
+        if cache is not None and cache.count is not None and len(cache.count) != batch:
+            raise ValueError(
+                f"past_key_values are of {len(cache.count)} rows and the input has {batch}: give each row its own, as "
+                "past_key_values.batch_repeat_interleave(n) makes them of one."
+            )
+        if batch == 0 or length == 0:
+            raise ValueError("The input is empty: give at least one position.")
+        longest = self.config.max_position_embeddings - self.first_position
+        if self.config.has_attention and offset + length > longest:
+            raise ValueError(
+                f"{offset + length} positions are more than max_position_embeddings ({longest}): shorten the input, "
+                "or build a model with more."
+            )
+
+    def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
+        """Real positions [B, T] rise, as texts that are packed into one row don't: they would read each other."""
+        if torch.compiler.is_compiling():
+            return
+        real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
+        if ((position_ids[:, 1:] <= position_ids[:, :-1]) & real[:, 1:]).any():
+            raise ValueError(
+                "position_ids do not rise within a row: several texts in one row would read each other, so give each "
+                "a row of its own, with padding."
+            )
+        table = getattr(self.positions, "weight", None)
+        if table is not None and ((position_ids < 0) | (position_ids + self.first_position >= len(table)))[real].any():
+            raise ValueError(f"position_ids must be 0 or more, and below {len(table) - self.first_position}.")
 
     def check_steps(self, cache: FeedbackCache | None, num_steps: int | None, every_step: bool) -> None:
         """A cache has a slot for every pass that is decoded; its steps can't change halfway through a text."""

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
 from .modeling_feedback import NO_ATTENTIONS, FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -74,8 +76,14 @@ class FeedbackHead(FeedbackPreTrainedModel):
     def run(self, supervised: bool, **inputs: Any) -> FeedbackModelOutput:
         """The model on `inputs`, feeding back this head's prediction where the config says so; `supervised` where a
         loss will be taken, which may be at every step."""
-        if supervised and self.config.supervision == "all":
+        config = self.config
+        if supervised and config.supervision == "all":
             inputs["output_feedback_states"] = True
+        if not supervised and self.training and (config.supervision == "all" or config.halting in ("learned", "act")):
+            logger.warning_once(
+                "No labels in training, as under Trainer's label smoothing: a loss that is taken outside of the model "
+                "reads its last pass alone, and teaches neither halting nor earlier passes."
+            )
         return self.model(**inputs, embed_output=self.embed_output, predict=self.predict, return_dict=True)
 
     def mean_loss(
@@ -145,11 +153,9 @@ class FeedbackLMHead(FeedbackHead):
         logits, loss = self.predict(outputs.last_hidden_state[:, keep]), None
         if labels is not None:
             size = self.config.vocab_size
-            if labels.shape != logits.shape[:-1] and "shift_labels" not in kwargs:
-                raise ValueError(
-                    f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give a label for each "
-                    "position that has logits, -100 where there is none."
-                )
+            if "shift_labels" not in kwargs:
+                check_shape(labels, logits)
+            check_classes(labels, "vocab_size", size, kwargs.get("ignore_index", -100))
 
             def predict(y: Tensor) -> Tensor:
                 return logits if y is outputs.last_hidden_state else self.predict(y[:, keep])
@@ -172,6 +178,30 @@ class FeedbackLMHead(FeedbackHead):
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
         )
+
+
+def check_shape(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give a label for each "
+            "position that has logits, -100 where there is none."
+        )
+
+
+def check_classes(labels: Tensor, name: str, size: int, ignored: int = -100) -> None:
+    """On a CPU, where it costs nothing, in words of the config; elsewhere the loss stops in its own way."""
+    if (
+        torch.compiler.is_compiling()
+        or labels.device.type != "cpu"
+        or labels.is_floating_point()
+        or not labels.numel()
+    ):
+        return
+    low, high = int(labels.masked_fill(labels == ignored, 0).min()), int(labels.max())
+    if high >= size:
+        raise ValueError(f"labels go up to {high} and {name} is {size}: set {name} in the config.")
+    if low < 0:
+        raise ValueError(f"labels go down to {low}: number them from 0, and give {ignored} where there is none.")
 
 
 def token_mean(
@@ -232,17 +262,6 @@ class FeedbackClassifier(FeedbackHead):
     def learns_to_halt(self) -> bool:  # type: ignore[override]
         return self.config.problem_type in (None, "single_label_classification")
 
-    def check_labels(self, labels: Tensor | None) -> None:
-        """On a CPU, where it costs nothing, in words of the config; elsewhere the loss stops in its own way."""
-        if labels is None:
-            return
-        if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.is_floating_point():
-            return
-        if self.single_label and labels.numel() and (high := int(labels.max())) >= self.num_labels:
-            raise ValueError(
-                f"labels go up to {high} and num_labels is {self.num_labels}: set num_labels in the config."
-            )
-
     def num_outputs(self, config: FeedbackConfig) -> int:
         return len(cast(dict, config.id2label))
 
@@ -258,14 +277,17 @@ class FeedbackClassifier(FeedbackHead):
 
     def settle(self, labels: Tensor | None) -> None:
         """Sets the problem_type that transformers' loss would set of the labels, before a prediction is fed back."""
-        if labels is not None and self.config.problem_type is None:
+        if labels is None:
+            return
+        if self.config.problem_type is None:
             if self.num_labels == 1:
                 self.config.problem_type = "regression"
             elif labels.is_floating_point():
                 self.config.problem_type = "multi_label_classification"
             else:
                 self.config.problem_type = "single_label_classification"
-        self.check_labels(labels)
+        if self.single_label:
+            check_classes(labels, "num_labels", self.num_labels)
 
     def pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, D]: the last real position where causal, the mean of the real ones otherwise."""
@@ -302,8 +324,16 @@ class FeedbackClassifier(FeedbackHead):
         def pooled_logits(y: Tensor) -> Tensor:
             return self.predict(self.pool(y, mask) if self.model.pooler is None else self.first(y))
 
-        loss = None
+        logits, loss = pooled_logits(outputs.last_hidden_state), None
         if labels is not None:
+            several = self.config.problem_type == "multi_label_classification"
+            if labels.numel() != (logits.numel() if several else len(logits)) and self.num_labels > 1:
+                raise ValueError(
+                    f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give "
+                    + ("0. or 1. for each class of each row." if several else "one class for each row.")
+                )
+            if several and not labels.is_floating_point():
+                raise ValueError("Labels of a multi-label problem are numbers, 0. or 1.: give labels.float().")
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
                 if not self.single_label or labels.is_floating_point():
@@ -326,7 +356,7 @@ class FeedbackClassifier(FeedbackHead):
                 loss = loss * (labels != -100).sum() / num_items_in_batch
         return FeedbackOutput(
             loss=loss,
-            logits=pooled_logits(outputs.last_hidden_state),
+            logits=logits,
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,

@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 
 from .feedback_cache import FeedbackCache
 from .modeling_feedback import FeedbackModel
-from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
+from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput, check_classes
 
 
 class SourceEncoder:
@@ -80,7 +80,13 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")
+            check_classes(labels, "vocab_size", self.config.vocab_size)
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if len(decoder_input_ids) != len(encoder_outputs[0]):
+            raise ValueError(
+                f"The target has {len(decoder_input_ids)} rows and the source {len(encoder_outputs[0])}: give a "
+                "target for each source."
+            )
         outputs = self.run(
             labels is not None,
             input_ids=decoder_input_ids,

@@ -57,6 +57,11 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         standard deviations. In training, with future_values given, no forecast is rolled out."""
         if past_values is None or past_values.ndim not in (2, 3) or past_values.shape[1] < 2:
             raise ValueError("past_values needs at least two time steps, [batch, steps] or [batch, steps, channels].")
+        for name, values in (("past_values", past_values), ("future_values", future_values)):
+            here = values is not None and values.device.type == "cpu" and not torch.compiler.is_compiling()
+            if here and not values.isfinite().all():
+                raise ValueError(f"{name} holds nan or infinite numbers: fill the gaps first.")
+        past_values = past_values.to(self.dtype)
         past = past_values if past_values.ndim == 3 else past_values[..., None]
         mean, std = past.mean(dim=1, keepdim=True), past.std(dim=1, keepdim=True) + 1e-5
         past, loss = (past - mean) / std, None

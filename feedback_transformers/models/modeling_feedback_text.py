@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_feedback import FeedbackConfig
@@ -18,10 +20,15 @@ from .modeling_feedback_heads import (
     FeedbackGenerationMixin,
     FeedbackLMHead,
     FeedbackOutput,
+    check_classes,
+    check_shape,
     row_means,
     token_loss,
     token_mean,
 )
+
+# Trainer's label smoothing looks here for the models whose labels it has to shift. This file travels with checkpoints.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["feedback"] = "FeedbackForCausalLM"
 
 
 class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
@@ -58,7 +65,21 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
         )
+        if attention_mask is not None and isinstance(logits_to_keep, int):
+            hidden = behind_padding(attention_mask)
+            if labels is not None:
+                labels = labels.masked_fill(hidden[:, -labels.shape[1] :].to(labels.device), -100)
+            if (shifted := kwargs.get("shift_labels")) is not None:
+                hidden = F.pad(hidden, (0, 1))[:, 1:]
+                kwargs["shift_labels"] = shifted.masked_fill(hidden[:, -shifted.shape[1] :].to(shifted.device), -100)
         return self.read(outputs, labels, logits_to_keep, **kwargs)
+
+
+def behind_padding(attention_mask: Tensor) -> Tensor:
+    """The real positions right behind padding, [B, T]: what would predict them has read all of the text, since padding
+    stands behind it inside the model."""
+    real = attention_mask.bool()
+    return real & ~F.pad(real, (1, 0), value=True)[:, :-1]
 
 
 class FeedbackForMaskedLM(FeedbackLMHead):
@@ -126,11 +147,13 @@ class FeedbackForTokenClassification(FeedbackClassifier):
         **kwargs: Any,
     ) -> FeedbackOutput:
         """labels [B, T], -100 where left out; logits [B, T, L]."""
-        self.check_labels(labels)
+        if labels is not None:
+            check_classes(labels, "num_labels", self.num_labels)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
-        loss = None
+        logits, loss = self.classifier(outputs.last_hidden_state), None
         if labels is not None:
+            check_shape(labels, logits)
             loss = self.mean_loss(
                 lambda y: self.loss_function(self.classifier(y), labels, self.config, **kwargs),
                 outputs,
@@ -139,7 +162,7 @@ class FeedbackForTokenClassification(FeedbackClassifier):
             )
         return FeedbackOutput(
             loss=loss,
-            logits=self.classifier(outputs.last_hidden_state),
+            logits=logits,
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,

@@ -25,11 +25,12 @@ def divergence(
     """KL(teacher || model) of logits [B, T, V], in nats, a mean over the tokens that the loss counts.
 
     As in the loss, labels [B, T] are shifted, and a batch that comes in parts is divided by `num_items_in_batch`, the
-    number of tokens in all of them. Padding is left out even if it has labels.
+    number of tokens in all of them. Padding is left out even if it has labels, and so is what it would
+    predict: the first token behind padding on the left.
     """
     counted = labels[:, 1:] != -100
     if attention_mask is not None:
-        counted = counted & attention_mask[:, 1:].bool()
+        counted = counted & attention_mask[:, 1:].bool() & attention_mask[:, :-1].bool()
     log_q, log_p = (F.log_softmax(given[:, :-1][counted].float(), dim=-1) for given in (logits, teacher))
     total = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) / total

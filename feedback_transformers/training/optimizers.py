@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.feedback_scan import Diagonal
+
 
 class MuonAdamW(torch.optim.Optimizer):
-    """PyTorch's Muon (Jordan et al. 2024) for weight matrices; its AdamW for embeddings, readout, gains and biases.
+    """PyTorch's Muon (Jordan et al. 2024) for weight matrices; its AdamW for embeddings, readout, gains and biases,
+    and for the diagonal maps of recurrences, whose rows are gains.
 
     Trainer takes it as `optimizers=(MuonAdamW(model), None)`, and makes a schedule that scales both learning rates.
     """
@@ -18,8 +21,15 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self, model: nn.Module, lr: float = 3e-3, muon_lr: float = 1e-2, weight_decay: float = 0.1, **adamw: Any
     ) -> None:
-        readout = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        outer = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) or m is readout for p in m.parameters()}
+        ends = [getattr(model, "get_output_embeddings", lambda: None)()]
+        if (name := getattr(model, "readout_name", None)) is not None:  # of a classifier
+            ends += [getattr(model, name), getattr(model, f"feedback_{name}")]
+        outer = {
+            id(p)
+            for m in model.modules()
+            if isinstance(m, nn.Embedding | Diagonal) or any(m is end for end in ends)
+            for p in m.parameters()
+        }
         trained = [p for p in model.parameters() if p.requires_grad]
         inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]
         if not inner:
