@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import BOS, PAD, build, tiny, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from feedback_transformers import (
     FeedbackConfig,
@@ -17,6 +17,7 @@ from feedback_transformers import (
     FeedbackForTimeSeriesPrediction,
     FeedbackForTokenClassification,
     FeedbackModel,
+    retrofit,
 )
 from feedback_transformers.models.feedback_names import CHOICES
 
@@ -160,6 +161,22 @@ INPUTS = [
         {"input_ids": tokens(), "labels": tokens()[:, 1:]},
         r"labels have the shape \[2, 12\] and the logits \[2, 13, 50\]",
     ),
+    ({"input_ids": tokens(), "labels": torch.full((2, 13), 77)}, "labels go up to 77 and vocab_size is 50"),
+    (
+        {"input_ids": tokens(), "labels": torch.full((2, 13), -1)},
+        "labels go down to -1: number them from 0, and give -100",
+    ),
+    ({"input_ids": tokens().tolist()}, "input_ids are a list: give a tensor of whole numbers"),
+    ({"input_ids": torch.zeros(2, 13)}, "input_ids are torch.float32: give a tensor of whole numbers"),
+    ({"inputs_embeds": torch.zeros(2, 13, 16)}, "inputs_embeds are 16 wide; this model takes 32, its hidden_size"),
+    (
+        {"input_ids": tokens(), "position_ids": torch.arange(5)[None]},
+        r"position_ids have the shape \[1, 5\] and the in",
+    ),
+    (
+        {"input_ids": tokens(), "position_ids": torch.tensor([[*range(6), *range(7)]])},
+        "several texts in one row would read each other, so give each a row of its own",
+    ),
     ({"input_ids": tokens(), "output_attentions": True}, "Attention weights are not returned"),
 ]
 
@@ -168,6 +185,47 @@ INPUTS = [
 def test_input_is_refused(inputs, sentence):
     with pytest.raises(ValueError, match=sentence):
         build()(**inputs)
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm", "diagonal_gru", "min_gru", "mlp", "transformer"])
+def test_a_cache_of_other_rows_is_refused(cell):
+    """Whose states compiled loops would read beyond their end."""
+    model = build(feedback_type=cell, feedback_axis="time", encoder_type="rnn")
+    batch = tokens(4)
+    for rows in (1, 3):
+        cache = model(batch[:rows, :6], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match=f"of {rows} rows and the input has 4: .*batch_repeat_interleave"):
+            model(batch[:, 6:], past_key_values=cache, use_cache=True)
+
+
+def test_learned_positions_end():
+    model = build(backbone_config="gpt2")
+    with pytest.raises(ValueError, match="position_ids must be 0 or more, and below 96"):
+        model(tokens(), position_ids=torch.arange(90, 103)[None])
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[0, :3] = 0
+    places = mask.cumsum(1) - 1  # -1 where there is padding
+    places[0, :3] = 500
+    assert model(tokens(), attention_mask=mask, position_ids=places).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "window", "sentence"),
+    [
+        (["full_attention", "sliding"], 4, "choose out of full_attention, sliding_attention"),
+        (["sliding_attention"] * 3, 4, "layer_types of backbone_config names 3 layers out of 2: name each"),
+        (["sliding_attention"] * 2, None, "has sliding_attention: set its sliding_window too"),
+        (["sliding_attention"] * 2, 0, "sliding_window of backbone_config is 0; it must be at least 1"),
+        (["sliding_attention"] * 2, "4", "sliding_window of backbone_config is '4'; it must be a whole number"),
+    ],
+)
+def test_a_wrong_window_of_a_live_model(kinds, window, sentence):
+    """Before anything is trained with it, rather than when it is to be loaded."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+    model = retrofit(LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48)), 1)
+    model.config.backbone_config.sliding_window, model.config.backbone_config.layer_types = window, kinds
+    with pytest.raises(ValueError, match=sentence):
+        model(tokens())
 
 
 def test_a_text_that_grows_too_long_is_refused():
@@ -219,6 +277,11 @@ def test_sequence_to_sequence_inputs():
         build(FeedbackForConditionalGeneration, **fields)(tokens())
     with pytest.raises(ValueError, match="Set decoder_start_token_id and pad_token_id"):
         build(FeedbackForConditionalGeneration, is_encoder_decoder=True)(tokens(), labels=tokens())
+    model = build(FeedbackForConditionalGeneration, **fields)
+    with pytest.raises(ValueError, match="The target has 1 rows and the source 2: give a target for each source"):
+        model(tokens(), labels=tokens(1))
+    with pytest.raises(ValueError, match="labels go up to 77 and vocab_size is 50"):
+        model(tokens(), labels=torch.full((2, 5), 77))
 
 
 def test_images_and_series_of_another_shape():
@@ -229,6 +292,11 @@ def test_images_and_series_of_another_shape():
         build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 1))
     with pytest.raises(ValueError, match="past_values have 3 channels and this model 1"):
         build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 5, 3))
+    model, counts = build(FeedbackForTimeSeriesPrediction, embedding_type="values"), torch.arange(10).view(2, 5)
+    assert torch.equal(model(counts).prediction_outputs, model(counts.float()).prediction_outputs)
+    for name, values in (("past_values", {}), ("future_values", {"past_values": torch.rand(2, 5)})):
+        with pytest.raises(ValueError, match=f"{name} holds nan or infinite numbers: fill the gaps first"):
+            model(**values, **{name: torch.full((2, 4), math.nan)})
 
 
 @pytest.mark.parametrize("head", [FeedbackForSequenceClassification, FeedbackForTokenClassification])
@@ -236,6 +304,20 @@ def test_labels_of_more_classes(head):
     labels = torch.full((2,) if head is FeedbackForSequenceClassification else (2, 13), 5)
     with pytest.raises(ValueError, match="labels go up to 5 and num_labels is 2: set num_labels"):
         build(head, num_labels=2)(tokens(), labels=labels)
+    with pytest.raises(ValueError, match="labels go down to -1: number them from 0, and give -100"):
+        build(head, num_labels=2)(tokens(), labels=0 * labels - 1)
+    with pytest.raises(ValueError, match=r"labels have the shape \[3(, 13)?\] and the logits \[2, (13, )?2\]"):
+        build(head, num_labels=2)(tokens(), labels=torch.zeros(3, *labels.shape[1:], dtype=torch.long))
+
+
+def test_labels_of_several_classes_at_once():
+    model = build(FeedbackForSequenceClassification, num_labels=3, problem_type="multi_label_classification")
+    with pytest.raises(ValueError, match="are numbers, 0. or 1.: give labels.float"):
+        model(tokens(), labels=torch.ones(2, 3, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match=r"labels have the shape \[2\] and the logits \[2, 3\]: give 0. or 1. for each"
+    ):
+        model(tokens(), labels=torch.ones(2))
 
 
 def test_no_token_embeddings_in_a_model_of_images():

@@ -89,6 +89,24 @@ def test_steps_that_nothing_reads_are_told(axis, unread, read, monkeypatch):
     assert len(said) >= 1 and f"{unread} has no effect with feedback_axis='{axis}'" in said[0] and read in said[0]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "read_with"),
+    [
+        ("solver_tolerance", 0.1, {"solver": "jacobi"}),
+        ("solver_block_size", 8, {"solver": "gauss_seidel"}),
+        ("supervision", "all", {"feedback_axis": "depth"}),
+        ("halting_threshold", 0.2, {"feedback_axis": "depth", "halting": "converged"}),
+    ],
+)
+def test_other_options_that_nothing_reads_are_told(name, value, read_with, monkeypatch):
+    said = []
+    monkeypatch.setattr(feedback_rules.logger, "warning_once", said.append)
+    FeedbackConfig(**{"feedback_axis": "time", **read_with, name: value})
+    assert not said
+    FeedbackConfig(feedback_axis="time", **{name: value})
+    assert said and said[0].startswith(f"{name} has no effect")
+
+
 def test_num_hidden_layers_is_not_inflated():
     config = tiny(num_feedback_layers=2)
     assert config.num_hidden_layers == 2

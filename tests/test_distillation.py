@@ -53,6 +53,12 @@ def test_divergence():
     poisoned = torch.where(batch["attention_mask"][:, 1:, None].bool(), logits[:, :-1], 99.0)
     poisoned = torch.cat([poisoned, logits[:, -1:]], dim=1)
     assert_close(divergence(poisoned, teacher, batch["input_ids"], batch["attention_mask"]), every)
+    behind = batch["attention_mask"].clone()
+    behind[:, :3] = 0  # padding on the left, and the first token behind it, are left out
+    assert_close(
+        divergence(logits, teacher, batch["input_ids"], behind),
+        divergence(logits[:, 3:], teacher[:, 3:], batch["input_ids"][:, 3:], behind[:, 3:]),
+    )
     nothing = torch.full_like(batch["labels"], -100)
     assert divergence(logits, teacher, nothing) == 0
 

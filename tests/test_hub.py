@@ -63,6 +63,8 @@ ELSEWHERE = """
         assert {reference.split(".")[0] for reference in referred} <= {file.stem for file in again.glob("*.py")}
         base = transformers.AutoModel.from_pretrained(again, trust_remote_code=True)
         assert type(base).__name__ == "FeedbackModel"
+        shifted = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        assert "FeedbackForCausalLM" in shifted.values(), "Trainer smooths the labels it should, of a next token"
         if model.can_generate() and not config.is_encoder_decoder:
             tokens = model.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False)
             assert tokens.tolist() == case["generated"]

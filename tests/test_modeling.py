@@ -337,6 +337,30 @@ def test_activation(name, tmp_path):
 # Calls
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"feedback_axis": "time", "feedback_type": "gru"},
+        {"supervision": "all"},
+        {"halting": "learned", "halting_weight": 0.1},
+        {"halting": "act"},
+    ],
+    ids=str,
+)
+def test_the_loss_does_not_depend_on_the_side_of_the_padding(fields):
+    """Padding on the left stands behind the text inside, so that it must not be asked for the first token."""
+    model, batch = build(**fields).train(), tokens(1, 9)
+    expected = model(batch, labels=batch).loss
+    for where in ("left", "right"):
+        padded, mask = pad(batch, [9], where)
+        labels = padded.masked_fill(mask == 0, -100)
+        assert_close(model(padded, attention_mask=mask, labels=labels).loss, expected, 1e-5)
+        shifted = torch.cat([labels[:, 1:], torch.full((1, 1), -100)], dim=1)
+        loss = model(padded, attention_mask=mask, labels=labels, shift_labels=shifted).loss
+        assert_close(loss, expected, 1e-5)
+
+
 @each_axis
 def test_inputs_embeds_and_return_dict(axis):
     model, batch = build(feedback_axis=axis), tokens()
@@ -393,66 +417,6 @@ def test_attention_implementations_agree(cell, implementation, tmp_path):
             attention = attention.attn if family == "gpt2" else attention.self_attn
             assert attention.config._attn_implementation == implementation
             assert_close(loaded(tokens()).logits, model(tokens()).logits, 1e-5)
-
-
-# torch.compile
-
-
-@each_cell
-def test_compiled_pass_equals_eager(cell):
-    """The step that the depth axis repeats, in one graph."""
-    model = build(feedback_type=cell, decoder_type="mlp")
-    base, batch = model.model, tokens(2, 6)
-    with torch.no_grad():
-        embedded = base.embeddings(batch)
-        context, _ = base.make_context(embedded, None, None, None)
-        e = base.encode(embedded, context)
-        torch._dynamo.reset()
-        one_pass = torch.compile(base.loop.step, fullgraph=True, backend="aot_eager")
-        expected, state = base.loop.step(e, e, None, context, 0)
-        actual, _ = one_pass(e, e, None, context, 0)
-        assert_close(actual, expected, 1e-5)
-        expected, _ = base.loop.step(e, expected, state, context, 1)
-        actual, _ = one_pass(e, actual, state, context, 1)
-        assert_close(actual, expected, 1e-5)
-
-
-def test_compiled_with_a_mask_equals_eager():
-    """In one graph, which can't look at the mask."""
-    model = build(decoder_type="mlp")
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for side in ("left", "right"):
-        batch, mask = pad(tokens(2, 8), [8, 5], side)
-        with torch.no_grad():
-            expected = model(batch, attention_mask=mask, use_cache=False).logits
-            actual = compiled(batch, attention_mask=mask, use_cache=False).logits
-        assert_close(actual[mask.bool()], expected[mask.bool()], 1e-5)
-
-
-@pytest.mark.parametrize("halting", ["converged", "converged-prediction", "act"])
-def test_compiled_with_halting_equals_eager(halting):
-    model, batch = build(**HALTING[halting], num_feedback_steps=5), tokens(2, 8)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        expected = model(batch)
-        actual = torch.compile(model, backend="aot_eager")(batch)
-    assert_close(actual.logits, expected.logits, 1e-5)
-    assert torch.equal(actual.num_feedback_steps, expected.num_feedback_steps)
-
-
-@pytest.mark.parametrize(
-    "fields", [{"feedback_type": "gru", "feedback_axis": "time"}, {"feedback_type": "transformer"}]
-)
-def test_compiled_decode_step_equals_eager(fields):
-    model, batch = build(decoder_type="mlp", **fields), tokens(2, 8)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager")
-    with torch.no_grad():
-        expected = model(batch).logits
-        cache = model(batch[:, :7], use_cache=True).past_key_values
-        actual = compiled(batch[:, 7:], past_key_values=cache, use_cache=True)
-    assert_close(actual.logits, expected[:, 7:], 1e-5)
 
 
 # Weights
@@ -536,3 +500,12 @@ def test_config_asks_for_hidden_states():
     model = build()
     model.config.output_hidden_states = True
     assert len(model(tokens()).hidden_states) == 2 + model.config.num_feedback_steps + 1
+
+
+def test_a_window_to_both_sides():
+    fields = {"is_causal": False, "feedback_signal": "none", "num_encoder_layers": 0, "decoder_type": "mlp"}
+    model = build(FeedbackForMaskedLM, backbone_config={"model_type": "mistral", "sliding_window": 2}, **fields)
+    before, changed = tokens(1, 9), tokens(1, 9)
+    changed[0, 6] = 5 + (changed[0, 6] - 4) % 40
+    apart = (model(before).logits - model(changed).logits).abs().amax(-1)[0]
+    assert apart[:4].max() == 0 and (apart[4:9] > 1e-4).all(), "two on either side see it"

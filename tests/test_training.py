@@ -25,6 +25,7 @@ from feedback_transformers import (
     FeedbackForConditionalGeneration,
     FeedbackForSequenceClassification,
 )
+from feedback_transformers.models import modeling_feedback_heads
 from feedback_transformers.models.feedback_loop import FeedbackLoop
 from feedback_transformers.training import SampleFeedbackSteps, draw_steps
 
@@ -305,3 +306,21 @@ def test_label_smoothing_shifts_the_labels(tmp_path):
     batch = {"input_ids": tokens(), "labels": tokens()}
     smoothed = trainer.compute_loss(trainer.model, dict(batch))
     assert_close(smoothed, trainer.model(**batch).loss)
+
+
+def test_label_smoothing_that_skips_passes_is_told(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(modeling_feedback_heads.logger, "warning_once", said.append)
+    for fields in ({}, {"supervision": "all"}, {"halting": "learned"}):
+        trainer = Trainer(build(**fields).train(), arguments(tmp_path, label_smoothing_factor=0.1))
+        trainer.compute_loss(trainer.model, {"input_ids": tokens(), "labels": tokens()})
+        assert bool(said) == bool(fields)
+    assert all("neither halting nor earlier passes" in sentence for sentence in said)
+
+
+def test_noise_on_embeddings_and_output_feedback(tmp_path):
+    """NEFTune's, which expects embeddings of texts, where the prediction is fed back through the same table."""
+    model = build(feedback_signal="output", feedback_axis="time").train()
+    trainer = Trainer(model, arguments(tmp_path, max_steps=2, neftune_noise_alpha=5), train_dataset=dataset())
+    trainer.train()
+    assert len(losses(trainer)) == 2
