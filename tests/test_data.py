@@ -239,6 +239,8 @@ def test_blocks():
 
 def test_blocks_errors():
     tokenizer = data.characters(["abc"])
+    with pytest.raises(ValueError, match=r"not a list: datasets.Dataset.from_dict\({'text': texts}\) makes one"):
+        data.blocks(["abc"], tokenizer, block_size=2)
     with pytest.raises(ValueError, match="is empty"):
         data.blocks(Dataset.from_dict({"text": []}), tokenizer, block_size=2)
     with pytest.raises(ValueError, match="The test texts have 3 tokens, less than one block of 4"):

@@ -67,11 +67,17 @@ def test_card_touches_nothing_else(run, tmp_path):
 
 def test_what_cannot_be_done_ends_with_a_sentence(run, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
+    card, files = ("card", str(run), "--dataset", "a", "--results"), [tmp_path / f"{i}.json" for i in range(3)]
+    for file, text in zip(files, ("[1]", '{"loss": "x"}', "no"), strict=True):
+        file.write_text(text)
     for arguments, sentence in {
         ("card", str(run)): "Say with --dataset",
         ("card", str(tmp_path / "nowhere")): "There is no folder",
         ("export", str(run), str(tmp_path / "out"), "--results", "none.json"): "There is no file none.json",
         ("info", str(tmp_path / "llama")): "not a feedback model",
+        (*card, str(files[0])): "holds a list: give metrics by name",
+        (*card, str(files[1])): "holds loss='x', which is not a number",
+        (*card, str(files[2])): "2.json is not JSON",
     }.items():
         with pytest.raises(SystemExit, match=sentence):
             cli.main(list(arguments))

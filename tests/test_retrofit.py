@@ -468,6 +468,10 @@ def test_refuses_what_it_cannot_do():
         retrofit(BertForMaskedLM(config_of("bert")), 1)
     with pytest.raises(ValueError, match="was not made by retrofit"):
         unretrofit(FeedbackForCausalLM(FeedbackConfig(**SIZES)))
+    with pytest.raises(ValueError, match="was not made by retrofit"):
+        unretrofit(original("llama"))
+    with pytest.raises(ValueError, match="Give a model of transformers, not this Linear"):
+        retrofit(torch.nn.Linear(2, 2), 1)
     for auto, other in ((AutoModelForCausalLM, FeedbackModel), (AutoModel, FeedbackForCausalLM)):
         config = retrofit(original("llama", auto), 1).config
         with pytest.raises(ValueError, match="which has another head: load it as a Feedback"):

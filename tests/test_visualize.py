@@ -84,6 +84,17 @@ def test_a_model_of_one_step_is_refused():
         visualize.predictions_over_steps(model, tokenizer, TEXT)
 
 
+def test_what_can_not_be_shown_is_refused():
+    _, tokenizer = language_model()
+    with pytest.raises(ValueError, match="Give a FeedbackForCausalLM, not this Linear"):
+        visualize.predictions_over_steps(torch.nn.Linear(2, 2), tokenizer, TEXT)
+    for nothing in ({}, {"a": []}):
+        with pytest.raises(ValueError, match="There is no accuracy to show"):
+            visualize.accuracy_per_step(nothing)
+    with pytest.raises(ValueError, match="Give the histories by name"):
+        visualize.loss_curves([{"loss": 1.0, "step": 1}])
+
+
 def test_a_text_of_one_token_is_refused():
     model, tokenizer = language_model()
     with pytest.raises(ValueError, match="at least two tokens"):
