@@ -11,6 +11,7 @@ Each run is appended to results/tasks/<task>.jsonl when it has finished, and a r
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 from . import arithmetic, parity, pondering, prefix_sums, programs, sudoku, swaps
 from .runner import SEEDS, Task
@@ -65,6 +66,46 @@ def overview() -> list[str]:
     return rows
 
 
+SEEDS_OF = {  # heading -> the tasks and metrics of its columns, and the models that have another title there
+    "swaps-S5, % of final states, by seed": (
+        {
+            "32 operations": ("swaps", "32 operations"),
+            "64": ("swaps", "64 operations"),
+            "256": ("swaps", "256 operations"),
+        },
+        {"feedback-every-4": "feedback every 4th token"},
+    ),
+    "Sudoku, % of whole grids, by seed": (
+        {"6×6": ("sudoku-6x6", "grids"), "4×4": ("sudoku-4x4", "grids"), "9×9": ("sudoku-9x9", "grids")},
+        {
+            "feedback": "feedback, the last 4 of 6 to 10 passes in the gradient",
+            "full-recursion": "the last 8 of 8 to 16 passes in the gradient",
+            "last-4": "the last 4",
+            "one-step": "the last one",
+            "all-passes": "all of them",
+            "8-layers": "8 layers, as much computation",
+        },
+    ),
+}
+
+
+def by_seed(heading: str) -> list[str]:
+    """The rows of a table of single runs."""
+    columns, titles = SEEDS_OF[heading]
+    runs = {column: (TASKS[name].finished(), metric) for column, (name, metric) in columns.items()}
+    rows = []
+    for model in dict.fromkeys(model for name, _ in columns.values() for model in TASKS[name].models):
+        cells = [", ".join(f"{x:.1f}" for x in found.values(model, metric)) for found, metric in runs.values()]
+        if any(cells):
+            rows.append(f"| {titles.get(model, TITLES.get(model))} | {' | '.join(cells)} |")
+    return rows
+
+
+def print_table(columns: Iterable[str], rows: list[str]) -> None:
+    names = list(columns)
+    print(f"\n| {' | '.join(names)} |", f"|{'---|' * len(names)}", *rows, sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(TASKS))
@@ -91,8 +132,9 @@ def main() -> None:
     if arguments.smoke:
         return
     reached = [task.report() for task in tasks]
-    print("\n| model |", " | ".join(title for _, title in OVERVIEW.values()), "|")
-    print("|---|", "---|" * len(OVERVIEW), *(f"\n{row}" for row in overview()), sep="")
+    print_table(["model", *(title for _, title in OVERVIEW.values())], overview())
+    for heading, (columns, _) in SEEDS_OF.items():
+        print_table([heading, *columns], by_seed(heading))
     for task in tasks:
         task.plot()
     raise SystemExit(0 if all(reached) else 1)
