@@ -315,7 +315,7 @@ def test_labels_of_several_classes_at_once():
     with pytest.raises(ValueError, match="are numbers, 0. or 1.: give labels.float"):
         model(tokens(), labels=torch.ones(2, 3, dtype=torch.long))
     with pytest.raises(
-        ValueError, match=r"labels have the shape \[2\] and the logits \[2, 3\]: give 0. or 1. for each"
+        ValueError, match=r"labels have the shape \[2\] and the logits \[2, 3\]: give one number for each"
     ):
         model(tokens(), labels=torch.ones(2))
 

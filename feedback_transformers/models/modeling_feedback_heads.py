@@ -289,6 +289,17 @@ class FeedbackClassifier(FeedbackHead):
         if self.single_label:
             check_classes(labels, "num_labels", self.num_labels)
 
+    def check_rows(self, labels: Tensor, logits: Tensor) -> None:
+        """One class for each row of logits [B, L], or one number for each of its outputs."""
+        if self.config.problem_type == "multi_label_classification" and not labels.is_floating_point():
+            raise ValueError("Labels of a multi-label problem are numbers, 0. or 1.: give labels.float().")
+        one_class = self.single_label and not labels.is_floating_point()
+        if labels.numel() != (len(logits) if one_class else logits.numel()):
+            raise ValueError(
+                f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give one "
+                + ("class for each row." if one_class else "number for each output of each row.")
+            )
+
     def pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, D] -> [B, D]: the last real position where causal, the mean of the real ones otherwise."""
         if mask is None:
@@ -326,14 +337,7 @@ class FeedbackClassifier(FeedbackHead):
 
         logits, loss = pooled_logits(outputs.last_hidden_state), None
         if labels is not None:
-            several = self.config.problem_type == "multi_label_classification"
-            if labels.numel() != (logits.numel() if several else len(logits)) and self.num_labels > 1:
-                raise ValueError(
-                    f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give "
-                    + ("0. or 1. for each class of each row." if several else "one class for each row.")
-                )
-            if several and not labels.is_floating_point():
-                raise ValueError("Labels of a multi-label problem are numbers, 0. or 1.: give labels.float().")
+            self.check_rows(labels, logits)
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
                 if not self.single_label or labels.is_floating_point():
