@@ -337,7 +337,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
         if len(given) != 1:
             raise ValueError("Give exactly one of input_ids, inputs_embeds, pixel_values and past_values.")
-        if not torch.compiler.is_compiling():
+        if past_key_values is None and not torch.compiler.is_compiling():  # once a text
             check_windows(self.config)
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
@@ -446,7 +446,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
         """Real positions [B, T] rise, as texts that are packed into one row don't: they would read each other."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (position_ids.shape[1] == 1 and self.positions is None):
             return
         real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
         if ((position_ids[:, 1:] <= position_ids[:, :-1]) & real[:, 1:]).any():
