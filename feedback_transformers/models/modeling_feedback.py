@@ -31,6 +31,7 @@ from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
 from .feedback_files import check_sums, drop_sums, sha256, write_sums
 from .feedback_loop import FeedbackLoop, Readout
+from .feedback_padding import first_real, gather, scatter
 from .feedback_rules import check_windows
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -470,37 +471,3 @@ class FeedbackModel(FeedbackPreTrainedModel):
                 "out."
             )
         cache.steps = steps
-
-
-def first_real(attention_mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, Tensor | None]:
-    """Of a mask [B, T] or [B, P + T]: the mask with its real positions first, and the order [B, T] that does so.
-
-    With padding behind the text, no causal part can see it, a convolution or a chunk of positions meets no gap,
-    and all rows begin at the same column: the one place where left, right and inner padding are dealt with.
-    """
-    if attention_mask is None:
-        return None, None
-    if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [batch, positions] for "
-            f"the {batch} rows and at least the {length} positions given."
-        )
-    mask = attention_mask[:, -length:].bool()
-    if not torch.compiler.is_compiling():  # which cannot look at the values, and takes the general way
-        if mask.all():
-            return None, None
-        if (mask[:, 1:] <= mask[:, :-1]).all():
-            return mask, None
-    order = (~mask).long().argsort(dim=1, stable=True)
-    return mask.gather(1, order), order
-
-
-def gather(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else x.gather(1, order[..., None].expand_as(x))
-
-
-def scatter(x: Tensor, order: Tensor | None) -> Tensor:
-    """[B, T] or [B, T, D], back to the order in which the positions were given."""
-    if order is None:
-        return x
-    return torch.empty_like(x).scatter(1, order if x.ndim == 2 else order[..., None].expand_as(x), x)

@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
+from .feedback_padding import behind_padding
 from .modeling_feedback_heads import (
     FeedbackClassifier,
     FeedbackGenerationMixin,
@@ -73,13 +74,6 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
                 hidden = F.pad(hidden, (0, 1))[:, 1:]
                 kwargs["shift_labels"] = shifted.masked_fill(hidden[:, -shifted.shape[1] :].to(shifted.device), -100)
         return self.read(outputs, labels, logits_to_keep, **kwargs)
-
-
-def behind_padding(attention_mask: Tensor) -> Tensor:
-    """The real positions right behind padding, [B, T]: what would predict them has read all of the text, since padding
-    stands behind it inside the model."""
-    real = attention_mask.bool()
-    return real & ~F.pad(real, (1, 0), value=True)[:, :-1]
 
 
 class FeedbackForMaskedLM(FeedbackLMHead):

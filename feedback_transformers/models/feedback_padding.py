@@ -1,0 +1,51 @@
+"""Padding: inside the model it stands behind the text of each row, wherever it was given.
+
+Shapes: B batch, T positions, P positions in the cache, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def first_real(attention_mask: Tensor | None, batch: int, length: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of a mask [B, T] or [B, P + T]: the mask with its real positions first, and the order [B, T] that does so.
+
+    With padding behind the text, no causal part can see it, a convolution or a chunk of positions meets no gap,
+    and all rows begin at the same column: the one place where left, right and inner padding are dealt with.
+    """
+    if attention_mask is None:
+        return None, None
+    if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [batch, positions] for "
+            f"the {batch} rows and at least the {length} positions given."
+        )
+    mask = attention_mask[:, -length:].bool()
+    if not torch.compiler.is_compiling():  # which cannot look at the values, and takes the general way
+        if mask.all():
+            return None, None
+        if (mask[:, 1:] <= mask[:, :-1]).all():
+            return mask, None
+    order = (~mask).long().argsort(dim=1, stable=True)
+    return mask.gather(1, order), order
+
+
+def gather(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.gather(1, order[..., None].expand_as(x))
+
+
+def scatter(x: Tensor, order: Tensor | None) -> Tensor:
+    """[B, T] or [B, T, D], back to the order in which the positions were given."""
+    if order is None:
+        return x
+    return torch.empty_like(x).scatter(1, order if x.ndim == 2 else order[..., None].expand_as(x), x)
+
+
+def behind_padding(attention_mask: Tensor) -> Tensor:
+    """The real positions right behind padding, [B, T]: what would predict them has read all of the text, since padding
+    stands behind it inside the model."""
+    real = attention_mask.bool()
+    return real & ~F.pad(real, (1, 0), value=True)[:, :-1]
