@@ -16,8 +16,6 @@ from matplotlib.figure import Figure  # without pyplot: no display, no global st
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from torch import Tensor
 
-from .models.modeling_feedback_text import FeedbackForCausalLM
-
 COLORS = ("#0b6e99", "#d1495b", "#66a182", "#edae49", "#6c4f8c", "#8c8c8c")
 INVISIBLE = {"\n": "↵", " ": "␣", "\t": "⇥"}
 
@@ -139,7 +137,8 @@ def step_predictions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each feedback step the probability [K, T-1] of the true next token, and the first choice [K, T-1]; and the
     true tokens [T-1]."""
-    if not isinstance(model, FeedbackForCausalLM):
+    feedback = getattr(getattr(model, "config", None), "model_type", None) == "feedback"
+    if not feedback or not hasattr(model, "lm_head"):  # it may be under an adapter, or of code that came with it
         raise ValueError(f"Give a FeedbackForCausalLM, not this {type(model).__name__}: its next tokens are shown.")
     ids = torch.tensor([tokenizer(text)["input_ids"]], device=model.device)
     if ids.shape[1] < 2:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from matplotlib.figure import Figure
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data, visualize
@@ -82,6 +83,12 @@ def test_a_model_of_one_step_is_refused():
     model, tokenizer = language_model(feedback_axis="time")
     with pytest.raises(ValueError, match="There is one step to show"):
         visualize.predictions_over_steps(model, tokenizer, TEXT)
+
+
+def test_a_model_under_an_adapter_is_shown():
+    model, tokenizer = language_model(num_feedback_steps=3)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    assert len(visualize.step_predictions(adapted, tokenizer, TEXT)[0]) == 3
 
 
 def test_what_can_not_be_shown_is_refused():
