@@ -282,6 +282,19 @@ def test_sequence_to_sequence_inputs():
         model(tokens(), labels=tokens(1))
     with pytest.raises(ValueError, match="labels go up to 77 and vocab_size is 50"):
         model(tokens(), labels=torch.full((2, 5), 77))
+    with pytest.raises(ValueError, match=r"labels have the shape \[3, 4\] and the logits \[2, 6, 50\]"):
+        model(tokens(), decoder_input_ids=tokens(2, 6), labels=tokens(3, 4))
+
+
+def test_labels_of_masked_tokens_the_other_way_round():
+    with pytest.raises(ValueError, match=r"labels have the shape \[13, 2\] and the logits \[2, 13, 50\]"):
+        build(FeedbackForMaskedLM, is_causal=False)(tokens(2, 13), labels=tokens(13, 2))
+
+
+def test_several_classes_of_one_token():
+    for kind in ("multi_label_classification", "regression"):
+        with pytest.raises(ValueError, match=f"one class here, and problem_type is '{kind}': set it to None"):
+            build(FeedbackForTokenClassification, problem_type=kind)
 
 
 def test_images_and_series_of_another_shape():
@@ -297,6 +310,13 @@ def test_images_and_series_of_another_shape():
     for name, values in (("past_values", {}), ("future_values", {"past_values": torch.rand(2, 5)})):
         with pytest.raises(ValueError, match=f"{name} holds nan or infinite numbers: fill the gaps first"):
             model(**values, **{name: torch.full((2, 4), math.nan)})
+    for shape in ((1, 4), (3, 4), (2, 4, 2)):
+        with pytest.raises(ValueError, match="give each row and channel its own future"):
+            model(torch.rand(2, 5), future_values=torch.rand(shape))
+    with pytest.raises(ValueError, match="Series have no attention_mask"):
+        model(torch.rand(2, 5), attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="0 steps are asked for"):
+        model(torch.rand(2, 5), prediction_length=0)
 
 
 @pytest.mark.parametrize("head", [FeedbackForSequenceClassification, FeedbackForTokenClassification])

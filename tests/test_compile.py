@@ -3,7 +3,15 @@
 import pytest
 import torch
 from conftest import assert_close, build, each_cell, pad, tokens
+from test_heads import HEADS
 from test_modeling import HALTING
+
+from feedback_transformers import (
+    FeedbackForCausalLM,
+    FeedbackForSequenceClassification,
+    FeedbackForTimeSeriesPrediction,
+    FeedbackForTokenClassification,
+)
 
 
 @each_cell
@@ -77,3 +85,29 @@ def test_exported_equals_eager(fields):
     model, batch, other = build(**fields), tokens(2, 8), tokens(2, 8, start=100)
     exported = torch.export.export(model, (), {"input_ids": batch, "use_cache": False}).module()
     assert_close(exported(input_ids=other, use_cache=False).logits, model(other, use_cache=False).logits, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "head", [FeedbackForCausalLM, FeedbackForTokenClassification, FeedbackForSequenceClassification]
+)
+def test_exported_with_a_mask_takes_other_sizes(head):
+    model = build(head, use_cache=False)
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=2, max=64)}
+    (ids, mask), (other, its_mask) = pad(tokens(3, 8), [8, 5, 6], "left"), pad(tokens(2, 6), [4, 6], "right")
+    exported = torch.export.export(
+        model,
+        (),
+        {"input_ids": ids, "attention_mask": mask},
+        dynamic_shapes={"input_ids": sizes, "attention_mask": sizes},
+    ).module()
+    expected = model(other, attention_mask=its_mask).logits
+    actual = exported(input_ids=other, attention_mask=its_mask).logits
+    assert_close(actual, expected, 1e-5)
+
+
+def test_exported_forecast_takes_other_batches():
+    model = build(FeedbackForTimeSeriesPrediction, **HEADS[FeedbackForTimeSeriesPrediction])
+    sizes = {"past_values": {0: torch.export.Dim("batch", max=64)}}
+    exported = torch.export.export(model, (), {"past_values": torch.randn(3, 10)}, dynamic_shapes=sizes).module()
+    past = torch.randn(2, 10)
+    assert_close(exported(past_values=past).prediction_outputs, model(past).prediction_outputs, 1e-5)

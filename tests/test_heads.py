@@ -207,6 +207,63 @@ def test_half_precision_takes_whole_numbers(head):
     assert_close(model.to(torch.bfloat16)(**inputs)[0].float(), model.float()(**inputs)[0], 0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_keeps_the_level_of_a_series(dtype):
+    """A change of 3 on a level of 300,000, which neither type can hold."""
+    model = build(FeedbackForTimeSeriesPrediction, **HEADS[FeedbackForTimeSeriesPrediction])
+    past = 300_000 + 3 * torch.randn(2, 20).cumsum(1)
+    half, full = model.to(dtype)(past, future_values=past[:, :4]), model.float()(past, future_values=past[:, :4])
+    assert_close(half.prediction_outputs, full.prediction_outputs, 1.0)
+    assert_close(half.loss, full.loss, 0.05 * full.loss.item())
+
+
+def test_a_series_in_another_unit_has_the_same_forecast():
+    model, past = build(FeedbackForTimeSeriesPrediction, **HEADS[FeedbackForTimeSeriesPrediction]), torch.randn(2, 20)
+    for unit in (1e-7, 1e7):
+        assert_close(model(unit * past).prediction_outputs / unit, model(past).prediction_outputs, 1e-4)
+
+
+def test_a_past_that_never_changes_is_left_out_of_the_loss():
+    model = build(FeedbackForTimeSeriesPrediction, num_channels=2, **HEADS[FeedbackForTimeSeriesPrediction])
+    past, future = torch.randn(3, 10, 2), torch.randn(3, 4, 2)
+    expected = model(past[:2], future_values=future[:2])
+    past[2] = 30_000.1
+    actual = model(past, future_values=future)
+    assert_close(actual.loss, expected.loss, 1e-6)
+    assert_close(actual.prediction_outputs[:2], expected.prediction_outputs, 1e-5)
+    assert_close(actual.prediction_outputs[2], past[2, :4], 0.01)
+    assert model(past[2:], future_values=future[2:]).loss == 0
+
+
+def test_a_series_reports_the_passes_of_its_forecast():
+    fields = {**HEADS[FeedbackForTimeSeriesPrediction], "halting": "converged", "num_feedback_steps": 5}
+    outputs = build(FeedbackForTimeSeriesPrediction, **fields, halting_threshold=0.3)(torch.randn(2, 10))
+    assert outputs.num_feedback_steps.shape == (2, 4)
+    assert 1 <= outputs.num_feedback_steps.min() <= outputs.num_feedback_steps.max() <= 5
+
+
+def test_regression_feeds_back_its_numbers():
+    """Of several outputs too: no probabilities, which another level of all of them would not change."""
+    fields = {"problem_type": "regression", "feedback_signal": "output"}
+    model, fed = build(FeedbackForSequenceClassification, num_labels=3, **fields), []
+    model.feedback.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0].detach()))
+    with torch.no_grad():
+        model(tokens())
+        model.classifier.bias += 10.0
+        model(tokens())
+    assert_close(fed[len(fed) // 2], fed[0] + 10.0, 1e-5)
+
+
+def test_targets_as_embeddings():
+    fields = HEADS[FeedbackForConditionalGeneration]
+    model, target = build(FeedbackForConditionalGeneration, **fields), tokens(2, 6)
+    embedded = model.get_input_embeddings()(target)
+    expected = model(tokens(), decoder_input_ids=target, labels=target)
+    actual = model(tokens(), decoder_inputs_embeds=embedded, labels=target)
+    assert_close(actual.logits, expected.logits, 1e-6)
+    assert_close(actual.loss, expected.loss, 1e-6)
+
+
 def test_question_answering_loss():
     model, inputs = build(FeedbackForQuestionAnswering, is_causal=False), inputs_of(FeedbackForQuestionAnswering)
     outputs = model(**inputs)

@@ -80,12 +80,14 @@ def evaluate(network: nn.Module, settings: Settings) -> Score:
 
 
 def checks(runs: Runs) -> dict[str, bool]:
-    ours, llama, control = (runs.mean(model, COLUMN) for model in ("feedback", "llama", "control"))
-    return {
-        "feedback above Llama and control": ours > max(llama, control),
-        "feedback at least 99 %, mean": ours >= 99,
-        "at least 65 points above Llama (published: 99.1 against 33.7)": ours - llama >= 65,
-    }
+    llama, control = runs.mean("llama", COLUMN), runs.mean("control", COLUMN)
+    reached = {}
+    for model in ("feedback", "feedback-lstm"):
+        ours = runs.mean(model, COLUMN)
+        reached[f"{model} above Llama and control"] = ours > max(llama, control)
+        reached[f"{model} at least 99 %, mean"] = ours >= 99
+        reached[f"{model} at least 65 points above Llama (published: 99.1 against 33.7)"] = ours - llama >= 65
+    return reached
 
 
 SHAPE: Settings = {
@@ -96,9 +98,12 @@ SHAPE: Settings = {
 }
 MEMORY: Settings = {**SHAPE, "preset": "feedback-transformer", "num_feedback_layers": 2}
 LOOPED: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers": 0, "num_feedback_layers": 2}
+LSTM: Settings = {"preset": "lstm", "feedback_signal": "state", "hidden_size": 96, "initializer_range": 0.1}
+FEWER: Settings = {"steps": 2500}  # which take these longer than 8,000 take the others
 MODELS: dict[str, Settings] = {
-    "feedback": {"kind": "feedback", "fields": MEMORY},
-    "recurrent-looped": {"kind": "feedback", "fields": LOOPED},
+    "feedback": {"kind": "feedback", "fields": MEMORY, "training": FEWER},
+    "recurrent-looped": {"kind": "feedback", "fields": LOOPED, "training": FEWER},
+    "feedback-lstm": {"kind": "feedback", "fields": LSTM},
     "control": {"kind": "feedback", "fields": {**MEMORY, "feedback_signal": "none"}},
     "gru": {"kind": "gru", "fields": {"hidden_size": 96, "num_layers": 2}},
     "lstm": {"kind": "lstm", "fields": {"hidden_size": 80, "num_layers": 2}},
@@ -115,7 +120,7 @@ TASK = Task(
     evaluate=evaluate,
     models=MODELS,
     checks=checks,
-    training={"steps": 2500, "lr": 3e-3, "easy": 0.4, "hard": 1.0, "stride": 0.02},
+    training={"steps": 8000, "lr": 3e-3, "easy": 0.4, "hard": 1.0, "stride": 0.02},
     evaluation={"lengths": TEST_STATEMENTS, "sequences": 512},
     smoke={"lengths": [STATEMENTS], "sequences": 8},
     columns=(COLUMN,),

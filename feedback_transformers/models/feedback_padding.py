@@ -18,7 +18,7 @@ def first_real(attention_mask: Tensor | None, batch: int, length: int) -> tuple[
     """
     if attention_mask is None:
         return None, None
-    if attention_mask.ndim != 2 or len(attention_mask) != batch or attention_mask.shape[1] < length:
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
         raise ValueError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be [batch, positions] for "
             f"the {batch} rows and at least the {length} positions given."

@@ -431,10 +431,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
                 "for each position."
             )
         offset = 0 if cache is None else cache.length
-        if cache is not None and cache.count is not None and len(cache.count) != batch:
+        if cache is not None and cache.count is not None and cache.count.shape[0] != batch:
             raise ValueError(
-                f"past_key_values are of {len(cache.count)} rows and the input has {batch}: give each row its own, as "
-                "past_key_values.batch_repeat_interleave(n) makes them of one."
+                f"past_key_values are of {cache.count.shape[0]} rows and the input has {batch}: give each row its "
+                "own, as past_key_values.batch_repeat_interleave(n) makes them of one."
             )
         if batch == 0 or length == 0:
             raise ValueError("The input is empty: give at least one position.")

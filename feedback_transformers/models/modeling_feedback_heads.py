@@ -153,7 +153,7 @@ class FeedbackLMHead(FeedbackHead):
         logits, loss = self.predict(outputs.last_hidden_state[:, keep]), None
         if labels is not None:
             size = self.config.vocab_size
-            if "shift_labels" not in kwargs:
+            if kwargs.get("shift_labels", labels) is labels:  # others may be of a part of the sequence
                 check_shape(labels, logits)
             check_classes(labels, "vocab_size", size, kwargs.get("ignore_index", -100))
 
@@ -273,7 +273,8 @@ class FeedbackClassifier(FeedbackHead):
         logits = self.predict(y)
         if self.config.problem_type == "multi_label_classification":
             return self.feedback(logits.sigmoid())
-        return self.feedback(logits if self.num_labels == 1 else logits.softmax(-1))
+        numbers = self.num_labels == 1 or self.config.problem_type == "regression"
+        return self.feedback(logits if numbers else logits.softmax(-1))
 
     def settle(self, labels: Tensor | None) -> None:
         """Sets the problem_type that transformers' loss would set of the labels, before a prediction is fed back."""
@@ -307,7 +308,7 @@ class FeedbackClassifier(FeedbackHead):
         mask = mask[:, -y.shape[1] :].to(y.device)
         if self.config.is_causal:
             last = (mask * torch.arange(1, y.shape[1] + 1, device=y.device)).argmax(dim=1)
-            return y[torch.arange(len(y), device=y.device), last]
+            return y[torch.arange(y.shape[0], device=y.device), last]
         return (y * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
     def first(self, y: Tensor) -> Tensor:

@@ -61,6 +61,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
+        decoder_inputs_embeds: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         inputs_embeds: Tensor | None = None,
@@ -73,23 +74,23 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> FeedbackOutput:
-        """input_ids [B, S] or inputs_embeds [B, S, D]; decoder_input_ids [B, T], made of labels [B, T] where left out;
-        logits [B, T, V]."""
+        """input_ids [B, S] or inputs_embeds [B, S, D]; decoder_input_ids [B, T] or decoder_inputs_embeds [B, T, D],
+        made of labels [B, T] where both are left out; logits [B, T, V]."""
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(input_ids, attention_mask, inputs_embeds)
-        if decoder_input_ids is None:
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")
             check_classes(labels, "vocab_size", self.config.vocab_size)
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if len(decoder_input_ids) != len(encoder_outputs[0]):
-            raise ValueError(
-                f"The target has {len(decoder_input_ids)} rows and the source {len(encoder_outputs[0])}: give a "
-                "target for each source."
-            )
+        target = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        rows, sources = target.shape[0], encoder_outputs[0].shape[0]
+        if rows != sources:
+            raise ValueError(f"The target has {rows} rows and the source {sources}: give a target for each source.")
         outputs = self.run(
             labels is not None,
             input_ids=decoder_input_ids,
+            inputs_embeds=decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,
             past_key_values=past_key_values,
             encoder_hidden_states=encoder_outputs[0],

@@ -15,18 +15,21 @@ from .modeling_feedback_heads import FeedbackHead
 
 @dataclass
 class FeedbackTimeSeriesOutput(ModelOutput):
-    """loss [] where the future was given; prediction_outputs [B, F] or [B, F, C], in the units of past_values."""
+    """loss [] where the future was given; prediction_outputs [B, F] or [B, F, C], in the units of past_values; and the
+    passes that each of them took, num_feedback_steps [B, F], where halting may stop them."""
 
     loss: Tensor | None = None
     prediction_outputs: Tensor | None = None
+    num_feedback_steps: Tensor | None = None
 
 
 class FeedbackForTimeSeriesPrediction(FeedbackHead):
     """Forecasts one step, feeds the forecast back as the next input, and so on for `prediction_length` steps.
 
-    A window is read relative to the mean and standard deviation of its own past, and each step predicts the change
-    to the next one. Trained on the true past of every step (teacher forcing); evaluation rolls out. With Trainer, set
-    `label_names=["future_values"]` in TrainingArguments to have a loss in evaluation.
+    A window is read relative to the mean and standard deviation of its own past, in float32 at least, and each step
+    predicts the change to the next one. A past that never changes has no such scale: its forecast is that it stays,
+    and the loss leaves it out. Trained on the true past of every step (teacher forcing); evaluation rolls out. With
+    Trainer, set `label_names=["future_values"]` in TrainingArguments to have a loss in evaluation.
     """
 
     main_input_name = "past_values"
@@ -61,36 +64,59 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
             here = values is not None and values.device.type == "cpu" and not torch.compiler.is_compiling()
             if here and not values.isfinite().all():
                 raise ValueError(f"{name} holds nan or infinite numbers: fill the gaps first.")
-        past_values = past_values.to(self.dtype)
-        past = past_values if past_values.ndim == 3 else past_values[..., None]
-        mean, std = past.mean(dim=1, keepdim=True), past.std(dim=1, keepdim=True) + 1e-5
-        past, loss = (past - mean) / std, None
+        if kwargs.get("attention_mask") is not None:
+            raise ValueError("Series have no attention_mask: give windows of one length, with their gaps filled.")
+        length = self.config.prediction_length if prediction_length is None else prediction_length
+        past = self.channels(past_values)
         if future_values is not None:
-            future = future_values if future_values.ndim == 3 else future_values[..., None]
-            series = torch.cat([past, (future - mean) / std], dim=1)
+            future, length = self.channels(future_values), future_values.shape[1]
+            if future.shape[0] != past.shape[0] or future.shape[2] != past.shape[2]:
+                raise ValueError(
+                    f"future_values have the shape {[*future_values.shape]} and past_values {[*past_values.shape]}: "
+                    "give each row and channel its own future."
+                )
+        if length < 1:
+            raise ValueError(f"{length} steps are asked for: give a prediction_length, or a future, of at least 1.")
+        mean, std = past.mean(dim=1, keepdim=True), past.std(dim=1, keepdim=True)
+        flat = std <= 1e-6 * past.abs().amax(dim=1, keepdim=True)  # [B, 1, C] no change beyond rounding
+        scale = std.masked_fill(flat, 1.0)
+        past, loss = ((past - mean) / scale).masked_fill(flat, 0.0), None
+        if future_values is not None:
+            series = torch.cat([past, ((future - mean) / scale).masked_fill(flat, 0.0)], dim=1)
             outputs = self.run(
                 True, past_values=series[:, :-1], num_feedback_steps=num_feedback_steps, use_cache=False
             )
 
             def step_loss(y: Tensor) -> Tensor:
-                return (series[:, :-1] + self.readout(y) - series[:, 1:]).abs().mean()
+                errors = (series[:, :-1] + self.readout(y) - series[:, 1:]).abs().masked_fill(flat, 0.0)
+                return errors.mean(dim=1).sum() / (~flat).sum().clamp(min=1)
 
             loss = self.mean_loss(step_loss, outputs)
-        prediction = None
+        prediction = steps = None
         if future_values is None or not self.training:
-            length = future_values.shape[1] if future_values is not None else prediction_length
-            prediction = self.forecast(past, length or self.config.prediction_length, num_feedback_steps) * std + mean
+            prediction, steps = self.forecast(past, length, num_feedback_steps)
+            prediction = prediction * std.masked_fill(flat, 0.0) + mean
             prediction = prediction if past_values.ndim == 3 else prediction[..., 0]
-        return FeedbackTimeSeriesOutput(loss=loss, prediction_outputs=prediction)
+        return FeedbackTimeSeriesOutput(loss=loss, prediction_outputs=prediction, num_feedback_steps=steps)
 
-    def forecast(self, past: Tensor, length: int, num_feedback_steps: int | None = None) -> Tensor:
-        """[B, T, C] -> the next `length` values [B, length, C], each fed back as the next input."""
-        value, cache, values = past, None, []
+    def channels(self, values: Tensor) -> Tensor:
+        """[B, T] or [B, T, C] -> [B, T, C], as exact as float32 or better: a level may be large beside its changes."""
+        values = values.to(torch.promote_types(self.dtype, torch.float32))
+        return values if values.ndim == 3 else values[..., None]
+
+    def forecast(
+        self, past: Tensor, length: int, num_feedback_steps: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, C] -> the next `length` values [B, length, C], each fed back as the next input, and the passes made
+        for each, [B, length], where they may stop early."""
+        value, cache, values, steps = past, None, [], []
         for _ in range(length):
             outputs = self.run(
                 False, past_values=value, past_key_values=cache, num_feedback_steps=num_feedback_steps, use_cache=True
             )
             cache = outputs.past_key_values
+            steps.append(outputs.num_feedback_steps)
             values.append(value[:, -1:] + self.readout(outputs.last_hidden_state[:, -1:]))
             value = values[-1] if cache is not None else torch.cat([value, values[-1]], dim=1)
-        return torch.cat(values, dim=1)
+        made = None if steps[0] is None else torch.cat([made[:, -1:] for made in steps], dim=1)
+        return torch.cat(values, dim=1), made

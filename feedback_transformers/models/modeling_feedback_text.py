@@ -131,6 +131,14 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
 class FeedbackForTokenClassification(FeedbackClassifier):
     """A class for every token."""
 
+    def __init__(self, config: FeedbackConfig) -> None:
+        if config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"A token has one class here, and problem_type is {config.problem_type!r}: set it to None in the "
+                "config."
+            )
+        super().__init__(config)
+
     @can_return_tuple
     def forward(
         self,
