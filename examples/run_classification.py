@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     checkpoint, options = model_args.model_name_or_path, model_args.hub_options
     if checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
-        model = AutoModelForSequenceClassification.from_pretrained(checkpoint, **labels, **options)
+        model = model_args.load(AutoModelForSequenceClassification, **labels)
     else:
         tokenizer = data.subwords(dataset["train"][text_args.text_column], text_args.vocab_size)
         sizes = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}

@@ -121,7 +121,7 @@ def prepare(
     checkpoint, options = model_args.model_name_or_path, model_args.hub_options
     if checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+        model = model_args.load(AutoModelForCausalLM)
     else:
         rows = texts["train"].take(TOKENIZER_ROWS) if streaming else texts["train"]
         train = list(rows[text_args.text_column])

@@ -94,8 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     dataset = series_args.limit(windows(series, series_args))
 
     if model_args.model_name_or_path:
-        checkpoint, options = model_args.model_name_or_path, model_args.hub_options
-        model = AutoModelForTimeSeriesPrediction.from_pretrained(checkpoint, **options)
+        model = model_args.load(AutoModelForTimeSeriesPrediction)
     else:
         config = model_args.config(
             ARCHITECTURE, **SIZES, embedding_type="values", prediction_length=series_args.prediction_length

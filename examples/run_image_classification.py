@@ -122,8 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         raise ValueError(f"The column {image_args.label_column!r} holds no class labels: give --label_column.")
 
     if model_args.model_name_or_path:
-        checkpoint, options = model_args.model_name_or_path, model_args.hub_options
-        model = AutoModelForImageClassification.from_pretrained(checkpoint, **options)
+        model = model_args.load(AutoModelForImageClassification)
     else:
         names = dict(enumerate(labels.names))
         config = model_args.config(

@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     checkpoint, options = model_args.model_name_or_path, model_args.hub_options
     if checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
-        model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint, **options)
+        model = model_args.load(AutoModelForSeq2SeqLM)
     else:
         train = dataset["train"]
         texts = [*train[pair_args.source_column], *train[pair_args.target_column]]

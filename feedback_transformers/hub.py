@@ -18,6 +18,8 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from inspect import signature
+from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +29,7 @@ from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_resu
 from huggingface_hub.repocard_data import EvalResult
 from transformers import AutoProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .models.configuration_feedback import MODELING
+from .models.configuration_feedback import MODELING, FeedbackConfig
 from .models.modeling_feedback import FeedbackPreTrainedModel
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
@@ -73,17 +75,27 @@ def describe(
         plots: pictures, shown in the card.
         card: what `model_card` takes: `dataset` names what `results` were measured on.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or model.config.model_type != FeedbackConfig.model_type:
         raise TypeError(
             f"This takes a feedback model, not a {type(model).__name__}: merge_and_unload() adapters first."
         )
     for name, value in (results or {}).items():
-        if not isinstance(value, int | float):
+        if not isinstance(value, Real):
             raise TypeError(f"results holds {name}={value!r}, which is not a number.")
+    check_card(card)
     for plot in plots:
         if not Path(plot).is_file():
             raise FileNotFoundError(f"There is no plot {plot}.")
-    model.sharing = Sharing(processor, results or {}, plots, card)  # type: ignore[assignment]
+    numbers = {name: value if isinstance(value, int) else float(value) for name, value in (results or {}).items()}
+    model.sharing = Sharing(processor, numbers, plots, card)  # type: ignore[assignment]
+
+
+def check_card(card: dict[str, Any]) -> None:
+    """Before it is written, which may be after a training of hours."""
+    known = [name for name in signature(model_card).parameters if name not in ("model", "results", "plots")]
+    unknown = sorted(set(card) - set(known))
+    if unknown:
+        raise TypeError(f"A card has no {', '.join(unknown)}; it takes {', '.join(known)}.")
 
 
 def export(
@@ -265,6 +277,7 @@ class CardCallback(TrainerCallback):
                 "Trainer uploads training_args.bin with the hub_token in it: leave hub_token out, and set HF_TOKEN or "
                 "run `hf auth login`."
             )
+        check_card(card)
         name = Path(trainer.args.hub_model_id or trainer.args.output_dir or "feedback model").name
         self.trainer, self.card = trainer, {"name": name, "dataset": dataset, **card}
         self.results: dict[str, float] = {}

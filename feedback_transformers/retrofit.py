@@ -10,13 +10,14 @@ them begins closed, so that the model computes what it did before, for any numbe
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, logging
 
 from .models.configuration_feedback import FeedbackConfig
 from .models.feedback_backbones import BACKBONES, layer_kind
@@ -24,6 +25,8 @@ from .models.feedback_names import BIDIRECTIONAL_TYPES, RETROFIT_TYPES, SHARED_W
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
 from .models.modeling_feedback_text import FeedbackForCausalLM, FeedbackForSequenceClassification
 from .quantized import beside_weights, keep_quantized
+
+logger = logging.get_logger(__name__)
 
 # The ending of the original's class -> the class it becomes.
 HEADS: dict[str, type[FeedbackPreTrainedModel]] = {
@@ -146,6 +149,9 @@ def load(name: str | Path) -> PreTrainedModel:
     default = "AutoModel" if config.model_type in BIDIRECTIONAL_TYPES else "AutoModelForCausalLM"
     names = config.architectures or [default]
     found = getattr(transformers, names[0], None)
+    if config.model_type in BIDIRECTIONAL_TYPES and names[0].endswith(("ForMaskedLM", "ForPreTraining")):
+        logger.warning("%s is saved as a %s: its body is retrofitted, without that head.", name, names[0])
+        names, found = ["AutoModel"], AutoModel
     if len(names) > 1 or not (found in AUTOS or isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(
             f"The config names {', '.join(names)}, which is not one class of a model of transformers: load the model "
@@ -221,6 +227,13 @@ def feedback_config(
             f"Leave out {', '.join(taken)}: retrofit takes that from the model, or from its other arguments."
         )
     config = FeedbackConfig(**{**kept, **own, **passes, **fields})
+    known = {each.name for each in dataclasses.fields(FeedbackConfig)} - {"dtype"}
+    unknown = sorted(name for name in fields if name not in known)
+    if unknown:  # an argument of from_pretrained, perhaps a token, which a config would keep and publish
+        raise ValueError(
+            f"{', '.join(unknown)}: no field of FeedbackConfig. What from_pretrained takes, give to it, and its model "
+            "to retrofit."
+        )
     config._attn_implementation = given._attn_implementation
     config.backbone_config.__dict__.pop("quantization_config", None)  # keep_quantized writes it anew
     return config

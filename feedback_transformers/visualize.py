@@ -146,7 +146,7 @@ def step_predictions(
     training = model.training
     model.eval()
     outputs = model(ids, num_feedback_steps=num_feedback_steps, output_feedback_states=True, use_cache=False)
-    logits = model.lm_head(torch.cat(outputs.feedback_states)[:, :-1])
+    logits = model.predict(torch.cat(outputs.feedback_states)[:, :-1])
     model.train(training)
     targets = ids[0, 1:]
     probabilities = logits.float().softmax(-1)

@@ -46,6 +46,13 @@ CONFIGS = [
     ({"num_steps": 6}, "did you mean num_feedback_steps?"),
     ({"axis": "time"}, "Unknown field 'axis': did you mean feedback_axis?"),
     ({"d_model": 64}, "did you mean hidden_size?"),
+    ({"cell": "gru"}, "Unknown field 'cell': did you mean feedback_type?"),
+    ({"sliding_window": 4}, "set it in backbone_config={'model_type': 'llama', 'sliding_window': ...}"),
+    (
+        {"backbone_config": "qwen3", "rope_theta": 10.0},
+        "set it in backbone_config={'model_type': 'qwen3', 'rope_theta'",
+    ),
+    ({"attention_bias": True}, "attention_bias is a field of the transformer layers"),
     ({"preset": "gru"}, "preset is no field: use FeedbackConfig.preset('gru'"),
     ({"backbone_config": 7}, "backbone_config is 7; give the name of a family, a dictionary or a config"),
     ({"backbone_config": {"head_dim": 3}}, "head_dim of backbone_config is 3; rotary positions need an even number"),
@@ -156,7 +163,10 @@ INPUTS = [
     ({"input_ids": tokens(), "num_feedback_steps": 0}, "num_feedback_steps is 0; it must be a whole number"),
     ({"input_ids": tokens(), "num_feedback_steps": -1}, "num_feedback_steps is -1"),
     ({"input_ids": tokens(), "num_feedback_steps": 2.5}, "num_feedback_steps is 2.5"),
-    ({"input_ids": tokens(), "past_key_values": DynamicCache()}, "must be a FeedbackCache, not DynamicCache"),
+    (
+        {"input_ids": tokens(), "past_key_values": DynamicCache()},
+        "must be a FeedbackCache, not DynamicCache: leave it out; prefix tuning",
+    ),
     (
         {"input_ids": tokens(), "labels": tokens()[:, 1:]},
         r"labels have the shape \[2, 12\] and the logits \[2, 13, 50\]",

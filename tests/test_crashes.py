@@ -200,6 +200,18 @@ def test_as_many_checkpoints_are_kept_as_asked(tmp_path):
     assert trainer.args.save_total_limit == 2
 
 
+def test_a_finished_run_is_not_trained_on(tmp_path):
+    """Its rate is constant, so that another step would change the weights."""
+    first = make_trainer(tmp_path, max_steps=4)
+    train_safely(first)
+    again = make_trainer(tmp_path, max_steps=4)
+    output = train_safely(again, resume=True)
+    assert output.global_step == again.state.global_step == 4
+    assert output.training_loss == first.state.log_history[-2]["loss"]
+    assert all(map(torch.equal, again.model.parameters(), first.model.parameters()))
+    assert not list(tmp_path.glob("checkpoint-5"))
+
+
 # SIGTERM
 
 

@@ -12,9 +12,15 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
-from feedback_transformers import retrofit, unretrofit
+from feedback_transformers import data, retrofit, unretrofit
 from feedback_transformers.models.configuration_feedback import PRESETS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -235,6 +241,18 @@ def test_the_body_of_a_language_model_classifies(tmp_path):
     run("run_classification", "--model_name_or_path", tmp_path / "clm", "--output_dir", tmp_path / "out")
     assert AutoConfig.from_pretrained(tmp_path / "out").feedback_axis == "time"
     assert "test_accuracy" in results(tmp_path / "out")
+
+
+@pytest.mark.parametrize("script", ["run_clm", "finetune_lora", "run_clm_no_trainer"])
+def test_a_checkpoint_that_is_no_feedback_model(script, tmp_path):
+    """Before it is trained, rather than when it is published."""
+    texts = data.load("shakespeare")["train"]["text"]
+    tokenizer = data.characters(texts)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="plain is a model of type 'llama', not a feedback model: examples/retrofit_"):
+        run(script, "--model_name_or_path", tmp_path / "plain", "--output_dir", tmp_path / "out")
 
 
 @pytest.mark.parametrize("flags", [["--token", "hf_secret"], ["--hub-token=hf_secret"]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import BOS, EOS, PAD, VOCABULARY, assert_close, build, each_cell, make_tokenizer, tokens
 from torch.nn import functional as F
-from transformers import TextStreamer, ViTImageProcessorPil, pipeline
+from transformers import GenerationConfig, TextStreamer, ViTImageProcessorPil, pipeline
 
 from feedback_transformers import (
     FeedbackForCausalLM,
@@ -92,6 +92,8 @@ def test_more_thinking(cell):
     assert not torch.equal(torch.stack(more.scores), default)
     full = model(more.sequences[:, :-1], num_feedback_steps=6).logits[:, -4:].transpose(0, 1)
     assert_close(torch.stack(more.scores), full)
+    given = GenerationConfig(num_feedback_steps=6, **arguments)
+    assert torch.equal(torch.stack(model.generate(prompt, generation_config=given).scores), torch.stack(more.scores))
 
 
 def test_continues_from_a_cache():

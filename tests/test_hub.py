@@ -7,12 +7,13 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from conftest import PAD, PRESETS_MEMORY, assert_close, build, make_tokenizer, tokens
 from safetensors.torch import load_file, save_file
 from test_heads import HEADS, inputs_of
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from feedback_transformers import (
     FeedbackConfig,
@@ -166,6 +167,18 @@ def test_what_cannot_go_along_is_refused(tmp_path):
         hub.describe(build(), results={"loss": "low"})
     with pytest.raises(FileNotFoundError, match="There is no plot nowhere.png"):
         hub.describe(build(), plots=["nowhere.png"])
+    with pytest.raises(TypeError, match="A card has no licence; it takes name, dataset, license"):
+        hub.describe(build(), licence="mit")
+    with pytest.raises(TypeError, match="This takes a feedback model, not a LlamaForCausalLM"):
+        hub.describe(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2)))
+    with pytest.raises(TypeError, match="A card has no licence"):
+        hub.CardCallback(Trainer(build(), TrainingArguments(tmp_path, use_cpu=True)), dataset="me/it", licence="mit")
+
+
+def test_numbers_of_numpy_are_results():
+    model = build()
+    hub.describe(model, results={"accuracy": np.float32(0.5), "steps": 3})
+    assert repr(model.sharing.results) == "{'accuracy': 0.5, 'steps': 3}"
 
 
 def test_registration_is_idempotent():

@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertForMaskedLM,
     GPT2DoubleHeadsModel,
     OPTConfig,
     OPTForCausalLM,
@@ -445,6 +446,15 @@ def test_from_a_folder(tmp_path):
     assert torch.equal(answer(model, tokens()), answer(before, tokens()))
 
 
+def test_of_a_name_whose_head_is_not_taken(tmp_path):
+    """As BERT and RoBERTa stand on the Hub."""
+    before = BertForMaskedLM(config_of("bert")).eval()
+    before.save_pretrained(tmp_path)
+    model = retrofit(tmp_path, 1, 1)
+    assert type(model) is FeedbackModel
+    assert_close(model(tokens()).last_hidden_state, before.bert(tokens()).last_hidden_state, 1e-5)
+
+
 def test_its_name_is_not_that_of_the_original(tmp_path):
     """For PEFT would note it as the base of adapters, which then are loaded onto the original."""
     original("llama").save_pretrained(tmp_path / "original")
@@ -463,8 +473,6 @@ def test_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="use feedback_axis='depth'"):
         retrofit(original("bert"), 1, axis="time")
     with pytest.raises(ValueError, match="BertForMaskedLM can't be retrofitted"):
-        from transformers import BertForMaskedLM
-
         retrofit(BertForMaskedLM(config_of("bert")), 1)
     with pytest.raises(ValueError, match="was not made by retrofit"):
         unretrofit(FeedbackForCausalLM(FeedbackConfig(**SIZES)))
@@ -481,6 +489,11 @@ def test_refuses_what_it_cannot_do():
     for fields in ({"vocab_size": 60}, {"hidden_size": 64}, {"num_encoder_layers": 2}, {"retrofitted_from": None}):
         with pytest.raises(ValueError, match=f"Leave out {next(iter(fields))}: retrofit takes that from the model"):
             retrofit(original("llama"), 1, **fields)
+    for name, value in (("token", "hf_it"), ("dtype", torch.bfloat16), ("attn_implementation", "eager")):
+        with pytest.raises(ValueError, match=f"^{name}: no field of FeedbackConfig.*its model to retrofit"):
+            retrofit(original("llama"), 1, **{name: value})
+    with pytest.raises(ValueError, match="sliding_window is a field .* set it in the config of the model"):
+        retrofit(original("llama"), 1, sliding_window=4)
     for fields in ({"use_bidirectional_attention": True}, {"is_causal": False}):
         with pytest.raises(ValueError, match="This gemma3_text reads both sides"):
             retrofit(original("gemma3_text", AutoModel, **fields), 1)

@@ -85,6 +85,12 @@ def test_a_model_of_one_step_is_refused():
         visualize.predictions_over_steps(model, tokenizer, TEXT)
 
 
+def test_a_model_that_caps_its_logits():
+    model, tokenizer = language_model()
+    model.predict = lambda y: 0.1 * torch.tanh(model.lm_head(y) / 0.1)
+    assert visualize.step_predictions(model, tokenizer, TEXT)[0].max() < 2 / len(tokenizer)
+
+
 def test_a_model_under_an_adapter_is_shown():
     model, tokenizer = language_model(num_feedback_steps=3)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))

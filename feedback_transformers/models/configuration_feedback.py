@@ -39,10 +39,22 @@ OTHER_NAMES = {
     **dict.fromkeys(("steps", "n_steps", "num_steps", "num_loops"), "num_feedback_steps"),
     **dict.fromkeys(("num_heads", "n_head", "n_heads"), "num_attention_heads"),
     **dict.fromkeys(("d_model", "n_embd", "dim"), "hidden_size"),
+    **dict.fromkeys(("n_kv_heads", "num_kv_heads"), "num_key_value_heads"),
+    **dict.fromkeys(("cell", "cell_type"), "feedback_type"),
+    **dict.fromkeys(("causal", "bidirectional"), "is_causal"),
+    "n_positions": "max_position_embeddings",
+    "vocabulary_size": "vocab_size",
     "hidden_dropout_prob": "dropout",
-    "cell_type": "feedback_type",
+    "encoder": "encoder_type",
+    "decoder": "decoder_type",
+    "halting_type": "halting",
+    "solver_iterations": "solver_steps",
+    "tie_embeddings": "tie_word_embeddings",
     **{name: f"feedback_{name}" for name in ("axis", "signal", "connection", "interval", "noise")},
 }
+
+# What the borrowed layers have, whether or not those of this family do.
+OF_LAYERS = ("sliding_window", "layer_types", "rope_theta", "rope_scaling")
 
 
 def make_backbone(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
@@ -186,6 +198,7 @@ class FeedbackConfig(PreTrainedConfig):
         check_given(self, kwargs)
         whole = self.retrofitted_from is not None
         self.backbone_config = (self._whole_backbone if whole else self._backbone)(self.backbone_config)
+        self._refuse_misplaced(kwargs)
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -200,6 +213,16 @@ class FeedbackConfig(PreTrainedConfig):
             meant = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, known, n=1, cutoff=0.855)), None)
             if meant:
                 raise ValueError(f"Unknown field {name!r}: did you mean {meant}?")
+
+    def _refuse_misplaced(self, names: dict[str, Any]) -> None:
+        """Fields of the borrowed layers' config, which those read there alone."""
+        if names.get("model_type", self.model_type) != self.model_type:
+            return
+        for name in sorted(set(names) & {*OF_LAYERS, *(field.name for field in fields(type(self.backbone_config)))}):
+            where = f"backbone_config={{'model_type': {self.backbone_config.model_type!r}, {name!r}: ...}}"
+            if self.retrofitted_from is not None:
+                where = "the config of the model, and retrofit that"
+            raise ValueError(f"{name} is a field of the transformer layers: set it in {where}.")
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the model code goes along, so that a checkpoint loads where this package is not."""

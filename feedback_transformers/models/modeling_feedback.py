@@ -343,7 +343,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions") or self.config.output_attentions:
             raise ValueError(NO_ATTENTIONS)
         cache = self.make_cache(past_key_values, use_cache)
         context, order = self.make_context(embedded, attention_mask, position_ids, cache)
@@ -382,7 +382,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def make_cache(self, cache: FeedbackCache | None, use_cache: bool | None) -> FeedbackCache | None:
         if cache is not None and not isinstance(cache, FeedbackCache):
-            raise ValueError(f"past_key_values must be a FeedbackCache, not {type(cache).__name__}: leave it out.")
+            raise ValueError(
+                f"past_key_values must be a FeedbackCache, not {type(cache).__name__}: leave it out; prefix tuning, "
+                "which makes one, does not go with feedback, as LoRA and prompt tuning do."
+            )
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is not None and self.loop.gradient_checkpointing and self.training:
             raise ValueError("Gradient checkpointing would drop past_key_values: leave them out, or disable it.")

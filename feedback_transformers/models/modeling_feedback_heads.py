@@ -124,6 +124,13 @@ class FeedbackGenerationMixin(GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """As in transformers; `num_feedback_steps` of a GenerationConfig is an argument of the model."""
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if (steps := getattr(config, "num_feedback_steps", None)) is not None:
+            model_kwargs.setdefault("num_feedback_steps", steps)
+        return config, model_kwargs
+
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("Assisted decoding takes tokens back, and a feedback state can't be undone: leave it out.")
 
@@ -137,6 +144,10 @@ class FeedbackLMHead(FeedbackHead):
         super().__init__(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> FeedbackModel:
+        """All but the readout, as transformers means it; the decoder g is `model.decoder`."""
+        return self.model
 
     def predict(self, y: Tensor) -> Tensor:
         logits, config = self.lm_head(y), self.config

@@ -47,7 +47,7 @@ class SampleFeedbackSteps(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        loops = [module for module in model.modules() if isinstance(module, FeedbackLoop)]
+        loops = loops_of(model)
         if not loops:
             raise ValueError(
                 f"This {type(model).__name__} has no feedback steps to draw: make a feedback model of it with "
@@ -73,6 +73,10 @@ class SampleFeedbackSteps(TrainerCallback):
 
 def set_steps(model: nn.Module, num_steps: int | None) -> None:
     """The feedback steps of calls in training that don't name theirs; None for the config's."""
-    for module in model.modules():
-        if isinstance(module, FeedbackLoop):
-            module.num_steps = num_steps
+    for loop in loops_of(model):
+        loop.num_steps = num_steps
+
+
+def loops_of(model: nn.Module) -> list[Any]:
+    """By name, as a checkpoint may bring a FeedbackLoop of its own code."""
+    return [module for module in model.modules() if type(module).__name__ == FeedbackLoop.__name__]

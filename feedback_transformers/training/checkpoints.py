@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 MANIFEST = "complete.json"
@@ -68,6 +70,8 @@ def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOut
     checkpoint = last_complete_checkpoint(folder) if resume is True else resume or None
     if checkpoint and resume is not True:
         check_complete(checkpoint)
+    if checkpoint and (finished := finish(trainer, checkpoint)):
+        return finished
     if resume is True and trainer.is_world_process_zero():
         print(f"Going on from {checkpoint}" if checkpoint else f"{folder} holds no complete checkpoint: starting anew")
     limit, args.save_total_limit = args.save_total_limit, None  # Trainer would remove them before the new one counts
@@ -84,6 +88,24 @@ def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOut
         finally:
             trainer.remove_callback(callback)
             args.save_total_limit = limit
+
+
+def finish(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
+    """Where `checkpoint` is of the last step that is asked for: its weights, or the best ones. Trainer makes another
+    step, from which every start of a finished run would have other weights."""
+    saved = Path(checkpoint, TRAINER_STATE_NAME)
+    if not saved.is_file() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return None
+    state = TrainerState.load_from_json(str(saved))
+    if not 0 < trainer.args.max_steps <= state.global_step:
+        return None
+    if trainer.is_world_process_zero():
+        print(f"{checkpoint} is of the last step: nothing is left to train")
+    trainer.state = state
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(best if best and Path(best).is_dir() else checkpoint)
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 
 
 @contextmanager

@@ -184,6 +184,16 @@ class ModelArguments:
         options = {"revision": self.model_revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
         return {name: value for name, value in options.items() if value}
 
+    def load(self, auto: Any, **fields: Any) -> PreTrainedModel:
+        """The checkpoint, as a model of the class `auto`."""
+        model = auto.from_pretrained(self.model_name_or_path, **fields, **self.hub_options)
+        if model.config.model_type != FeedbackConfig.model_type:
+            raise ValueError(
+                f"{self.model_name_or_path} is a model of type {model.config.model_type!r}, not a feedback model: "
+                "examples/retrofit_lora.py makes one of it."
+            )
+        return model
+
     def config(self, architecture: dict[str, Any], **sizes: Any) -> FeedbackConfig:
         """The config of a new model: `sizes`, then the preset or else `architecture`, then the overrides."""
         if self.preset is not None and self.preset not in PRESETS:
@@ -193,9 +203,9 @@ class ModelArguments:
 
 
 def draws_steps(model_args: ModelArguments, model: PreTrainedModel) -> bool:
-    """Whether to train with drawn numbers of passes: a model without a loop, or position by position, has none."""
+    """Whether to train with drawn numbers of passes: a model that goes position by position has none."""
     given = model_args.min_feedback_steps and model_args.max_feedback_steps
-    return bool(given) and getattr(model.config, "in_passes", False)
+    return bool(given) and model.config.in_passes
 
 
 def overrides(text: str | None) -> dict[str, Any]:
@@ -298,7 +308,10 @@ def fit(
 
 
 def record(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-    """Prints the metrics and writes them to {split}_results.json and all_results.json in output_dir."""
+    """Prints the metrics and writes them to {split}_results.json and all_results.json in output_dir; none, where
+    nothing was left to train, leave those of the run that did."""
+    if not metrics:
+        return
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
     trainer.save_state()
