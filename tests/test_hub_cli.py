@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import build, make_tokenizer, tokens
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from feedback_transformers import cli
@@ -67,6 +68,7 @@ def test_card_touches_nothing_else(run, tmp_path):
 
 def test_what_cannot_be_done_ends_with_a_sentence(run, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
+    LoraConfig().save_pretrained(tmp_path / "adapter")
     card, files = ("card", str(run), "--dataset", "a", "--results"), [tmp_path / f"{i}.json" for i in range(3)]
     for file, text in zip(files, ("[1]", '{"loss": "x"}', "no"), strict=True):
         file.write_text(text)
@@ -75,6 +77,7 @@ def test_what_cannot_be_done_ends_with_a_sentence(run, tmp_path):
         ("card", str(tmp_path / "nowhere")): "There is no folder",
         ("export", str(run), str(tmp_path / "out"), "--results", "none.json"): "There is no file none.json",
         ("info", str(tmp_path / "llama")): "not a feedback model",
+        ("info", str(tmp_path / "adapter")): "holds an adapter alone: give the folder of the model",
         (*card, str(files[0])): "holds a list: give metrics by name",
         (*card, str(files[1])): "holds loss='x', which is not a number",
         (*card, str(files[2])): "2.json is not JSON",
