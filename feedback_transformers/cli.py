@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
 def load_config(source: str | Path, revision: str | None = None) -> FeedbackConfig:
     if Path(source, "adapter_config.json").is_file() and not Path(source, "config.json").is_file():
         raise ValueError(
-            f"{source} holds an adapter alone: give the folder of the model that it adapts, or merge them."
+            f"{source} holds an adapter alone: give the folder of the model it adapts, or merge them."
         )
     config = AutoConfig.from_pretrained(source, revision=revision)
     if not isinstance(config, FeedbackConfig):
