@@ -79,7 +79,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
             raise ValueError(f"{length} steps are asked for: give a prediction_length, or a future, of at least 1.")
         mean, std = past.mean(dim=1, keepdim=True), past.std(dim=1, keepdim=True)
         flat = std <= 1e-6 * past.abs().amax(dim=1, keepdim=True)  # [B, 1, C] no change beyond rounding
-        scale = std.masked_fill(flat, 1.0)
+        scale = std + 1e-5
         past, loss = ((past - mean) / scale).masked_fill(flat, 0.0), None
         if future_values is not None:
             series = torch.cat([past, ((future - mean) / scale).masked_fill(flat, 0.0)], dim=1)
@@ -95,7 +95,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         prediction = steps = None
         if future_values is None or not self.training:
             prediction, steps = self.forecast(past, length, num_feedback_steps)
-            prediction = prediction * std.masked_fill(flat, 0.0) + mean
+            prediction = prediction * scale.masked_fill(flat, 0.0) + mean
             prediction = prediction if past_values.ndim == 3 else prediction[..., 0]
         return FeedbackTimeSeriesOutput(loss=loss, prediction_outputs=prediction, num_feedback_steps=steps)
 
