@@ -27,7 +27,7 @@ from feedback_transformers import (
 )
 from feedback_transformers.models import modeling_feedback_heads
 from feedback_transformers.models.feedback_loop import FeedbackLoop
-from feedback_transformers.training import SampleFeedbackSteps, draw_steps
+from feedback_transformers.training import SampleFeedbackSteps, draw_steps, set_steps
 
 MODELS = [
     {"feedback_type": "gru", "feedback_axis": "time"},
@@ -227,6 +227,12 @@ def test_without_passes_there_is_nothing_to_draw(tmp_path):
         trainer = Trainer(model, arguments, train_dataset=[{}], callbacks=[SampleFeedbackSteps(1, 2)])
         with pytest.raises(ValueError, match=sentence):
             trainer.train()
+
+
+def test_a_loop_whose_code_came_with_a_checkpoint_has_steps_to_draw():
+    loop = type("FeedbackLoop", (torch.nn.Module,), {})()
+    set_steps(torch.nn.Sequential(loop), 3)
+    assert loop.num_steps == 3
 
 
 class CountPasses(TrainerCallback):

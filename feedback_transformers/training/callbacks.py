@@ -78,5 +78,6 @@ def set_steps(model: nn.Module, num_steps: int | None) -> None:
 
 
 def loops_of(model: nn.Module) -> list[Any]:
-    """By name, as a checkpoint may bring a FeedbackLoop of its own code."""
-    return [module for module in model.modules() if type(module).__name__ == FeedbackLoop.__name__]
+    """By name, as a checkpoint may bring a FeedbackLoop of its own code, and FSDP makes a subclass."""
+    name = FeedbackLoop.__name__
+    return [module for module in model.modules() if any(kind.__name__ == name for kind in type(module).__mro__)]
