@@ -57,9 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 def load_config(source: str | Path, revision: str | None = None) -> FeedbackConfig:
     if Path(source, "adapter_config.json").is_file() and not Path(source, "config.json").is_file():
-        raise ValueError(
-            f"{source} holds an adapter alone: give the folder of the model it adapts, or merge them."
-        )
+        raise ValueError(f"{source} holds an adapter alone: give the folder of the model it adapts, or merge them.")
     config = AutoConfig.from_pretrained(source, revision=revision)
     if not isinstance(config, FeedbackConfig):
         raise ValueError(f"{source} is a model of type {config.model_type!r}, not a feedback model.")
