@@ -92,7 +92,8 @@ def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOut
 
 def finish(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
     """Where `checkpoint` is of the last step that is asked for: its weights, or the best ones. Trainer makes another
-    step, from which every start of a finished run would have other weights."""
+    step, from which every start of a finished run would have other weights. It does so still where FSDP or DeepSpeed
+    holds the model, which can't be loaded before training."""
     saved = Path(checkpoint, TRAINER_STATE_NAME)
     if not saved.is_file() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
