@@ -1,0 +1,59 @@
+"""The transformer layers that are borrowed: their attention, their windows, their dropout."""
+
+import pytest
+import torch
+from conftest import assert_close, build, tokens
+
+from feedback_transformers import FeedbackForCausalLM, FeedbackForMaskedLM
+from feedback_transformers.models.feedback_names import BACKBONE_TYPES
+
+
+@pytest.mark.parametrize("cell", ["gru", "transformer", "conv"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations_agree(cell, implementation, tmp_path):
+    """Also where the mask is None, and also without causality."""
+    for head, causal in ((FeedbackForCausalLM, True), (FeedbackForMaskedLM, False)):
+        for family in ("llama", "gpt2"):
+            model = build(head, feedback_type=cell, is_causal=causal, backbone_config={"model_type": family})
+            model.save_pretrained(tmp_path)
+            loaded = head.from_pretrained(tmp_path, attn_implementation=implementation)
+            attention = loaded.model.encoder.layers[0]
+            attention = attention.attn if family == "gpt2" else attention.self_attn
+            assert attention.config._attn_implementation == implementation
+            assert_close(loaded(tokens()).logits, model(tokens()).logits, 1e-5)
+
+
+@pytest.mark.parametrize("backbone", BACKBONE_TYPES)
+def test_dropout_reaches_the_backbone(backbone):
+    model = build(backbone_config=backbone, dropout=0.0).train()
+    torch.testing.assert_close(model(tokens()).logits, model(tokens()).logits, atol=0.0, rtol=0.0)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "mistral"])
+def test_backbone_config_with_a_window(family, tmp_path):
+    """Qwen's configs forget it unless they are told twice."""
+    window = {"sliding_window": 3, "layer_types": ["sliding_attention"]}
+    model, everything = build(backbone_config={"model_type": family, **window}), build(backbone_config=family)
+    if family == "mistral":
+        everything.config.backbone_config.sliding_window = None
+    everything.load_state_dict(model.state_dict())
+    logits = model(tokens()).logits
+    assert_close(logits[:, :3], everything(tokens()).logits[:, :3], 1e-5)
+    assert (logits - everything(tokens()).logits).abs().max() > 1e-2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(FeedbackForCausalLM.from_pretrained(tmp_path)(tokens()).logits, logits)
+
+
+def test_backbone_config_of_another_depth():
+    model = build(backbone_config={"model_type": "qwen2", "num_hidden_layers": 1}, num_feedback_layers=3)
+    assert model.config.backbone_config.num_hidden_layers == 3
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
+def test_a_window_to_both_sides():
+    fields = {"is_causal": False, "feedback_signal": "none", "num_encoder_layers": 0, "decoder_type": "mlp"}
+    model = build(FeedbackForMaskedLM, backbone_config={"model_type": "mistral", "sliding_window": 2}, **fields)
+    before, changed = tokens(1, 9), tokens(1, 9)
+    changed[0, 6] = 5 + (changed[0, 6] - 4) % 40
+    apart = (model(before).logits - model(changed).logits).abs().amax(-1)[0]
+    assert apart[:4].max() == 0 and (apart[4:9] > 1e-4).all(), "two on either side see it"
