@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_close, build, gradients, pad, tokens, with_weights_of
+from conftest import assert_close, build, gradients, pad, tiny, tokens, with_weights_of
 from torch.nn import functional as F
 
 from feedback_transformers import (
@@ -117,6 +117,14 @@ def test_learned_halting_is_pondernet():
     steps = model(batch).num_feedback_steps
     assert torch.equal(steps, (p.cumsum(0) >= 0.5).long().argmax(0) + 1)
     assert steps.min() < steps.max()
+
+
+def test_learned_halting_begins_at_its_prior():
+    fields = {"num_feedback_steps": 4, "halting": "learned", "halting_prior": 0.3}
+    model = FeedbackForCausalLM(tiny(**fields)).train()
+    p = torch.stack(model.model(tokens()).halting_probabilities)
+    prior = torch.tensor([0.3, 0.3 * 0.7, 0.3 * 0.7**2, 0.7**3])  # the last pass takes what is left
+    assert_close(p, prior[:, None, None].expand_as(p), 1e-6)
 
 
 def test_learned_halting_that_is_sure():

@@ -8,6 +8,7 @@ Shapes: B batch, T positions, D hidden size, V predicted classes, K passes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import log
 
 import torch
 from torch import Tensor, nn
@@ -30,12 +31,16 @@ class Progress:
 
 
 class HaltProjection(nn.Linear):
-    """What λ is the sigmoid of: λ = 1/2 at first, the same in every model that learns it anew, also where adapters
-    leave it frozen."""
+    """What λ is the sigmoid of: one λ everywhere at first, the same in every model that learns it anew, also where
+    adapters leave it frozen."""
+
+    def __init__(self, size: int, first: float = 0.5) -> None:
+        self.first = first
+        super().__init__(size, 1)
 
     def init_parameters(self) -> None:
         init.zeros_(self.weight)
-        init.zeros_(self.bias)
+        init.constant_(self.bias, log(self.first / (1 - self.first)))
 
 
 class Halting(nn.Module):
@@ -93,7 +98,8 @@ class LearnedHalting(Halting):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        self.halt_proj = HaltProjection(config.hidden_size, 1)
+        # As the prior has it: from λ = 1/2, late passes would weigh too little in the loss to learn anything.
+        self.halt_proj = HaltProjection(config.hidden_size, first=config.halting_prior)
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
@@ -126,7 +132,7 @@ class AdaptiveHalting(Halting):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        self.halt_proj = HaltProjection(config.hidden_size, 1)
+        self.halt_proj = HaltProjection(config.hidden_size)
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
