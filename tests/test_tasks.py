@@ -77,9 +77,11 @@ def test_pondering(filled):
         values = [(0, 1, -1)[token] for token in row]
         assert len(values) == 96 and values.count(0) == 96 - filled
         assert answer == values.count(1) % 2
-    trained = pondering.train(generator(), 200, 1.0).inputs
+    trained, parities = pondering.train(generator(), 200, 1.0)
     counts = (trained != pondering.ZERO).sum(1)
-    assert trained.shape == (200, 96) and counts.min() >= 1 and counts.max() <= 48
+    assert trained.shape == parities.shape and counts.min() >= 1 and counts.max() <= trained.shape[1] <= 48
+    for row, after in zip(trained.tolist(), parities.tolist(), strict=True):
+        assert after == [row[: i + 1].count(pondering.ONE) % 2 for i in range(len(row))]
 
 
 def run_program(tokens: list[int]) -> list[int]:
