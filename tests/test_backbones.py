@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import assert_close, build, tokens
+from transformers import LlamaConfig
 
 from feedback_transformers import FeedbackForCausalLM, FeedbackForMaskedLM
 from feedback_transformers.models.feedback_names import BACKBONE_TYPES
@@ -42,6 +43,34 @@ def test_backbone_config_with_a_window(family, tmp_path):
     assert (logits - everything(tokens()).logits).abs().max() > 1e-2
     model.save_pretrained(tmp_path)
     assert torch.equal(FeedbackForCausalLM.from_pretrained(tmp_path)(tokens()).logits, logits)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_window_that_is_named_is_for_all_layers(family, tmp_path):
+    """As mistral has it; Qwen's own configs take it for layers from the 28th on, and only where they are told so."""
+    fields = {"encoder_type": "rnn", "num_decoder_layers": 0, "num_feedback_steps": 1}
+    model = build(backbone_config={"model_type": family, "sliding_window": 3}, **fields)
+    assert model.config.backbone_config.layer_types == ["sliding_attention"]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(FeedbackForCausalLM.from_pretrained(tmp_path)(tokens()).logits, model(tokens()).logits)
+    everything = build(backbone_config=family, **fields)
+    everything.load_state_dict(model.state_dict())
+    apart = (everything(tokens()).logits - model(tokens()).logits).abs().amax((0, 2))
+    assert apart[:3].max() < 1e-5 < 1e-3 < apart[3:].min()
+    for unused in ({"sliding_window": 3, "use_sliding_window": False}, {}):  # as in a config.json of the Hub
+        assert build(backbone_config={"model_type": family, **unused}).config.backbone_config.sliding_window is None
+
+
+def test_a_checkpoint_keeps_the_family_of_its_layers(tmp_path):
+    build(backbone_config="qwen2").save_pretrained(tmp_path)
+    for other in ("mistral", {"model_type": "llama"}, LlamaConfig()):
+        with pytest.raises(ValueError, match="layers of this checkpoint are qwen2 and backbone_config asks for"):
+            FeedbackForCausalLM.from_pretrained(tmp_path, backbone_config=other)
+    dropped = FeedbackForCausalLM.from_pretrained(tmp_path, backbone_config={"attention_dropout": 0.1})
+    assert dropped.config.backbone_config.attention_dropout == 0.1
+    windowed = FeedbackForCausalLM.from_pretrained(tmp_path, backbone_config={"sliding_window": 3})
+    apart = (windowed(tokens()).logits - dropped(tokens()).logits).abs().amax((0, 2))
+    assert apart[:3].max() < 1e-5 < 1e-3 < apart[3:].min()
 
 
 def test_backbone_config_of_another_depth():

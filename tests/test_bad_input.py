@@ -19,6 +19,7 @@ from feedback_transformers import (
     FeedbackModel,
     retrofit,
 )
+from feedback_transformers.models import modeling_feedback
 from feedback_transformers.models.feedback_names import CHOICES
 
 CONFIGS = [
@@ -151,10 +152,6 @@ INPUTS = [
     ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "The input is empty: give at least one position"),
     ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "The input is empty"),
     ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"The input has 1 dimensions; it must be \[batch, positions\]"),
-    (
-        {"input_ids": torch.zeros(1, 97, dtype=torch.long)},
-        r"97 positions are more than max_position_embeddings \(96\)",
-    ),
     ({}, "Give exactly one of input_ids, inputs_embeds"),
     ({"input_ids": tokens(), "inputs_embeds": torch.zeros(2, 13, 32)}, "Give exactly one of"),
     ({"input_ids": tokens(), "attention_mask": torch.ones(2, 12)}, r"attention_mask has the shape \(2, 12\)"),
@@ -185,7 +182,11 @@ INPUTS = [
     ),
     (
         {"input_ids": tokens(), "position_ids": torch.tensor([[*range(6), *range(7)]])},
-        "several texts in one row would read each other, so give each a row of its own",
+        "do not rise within a row: Several texts in one row would read each other: give each a row of its own",
+    ),
+    (
+        {"input_ids": tokens(), "cu_seq_lens_q": torch.tensor([0, 6, 13], dtype=torch.int32)},
+        "cu_seq_lens_q: Several texts in one row",
     ),
     ({"input_ids": tokens(), "output_attentions": True}, "Attention weights are not returned"),
 ]
@@ -224,6 +225,7 @@ def test_learned_positions_end():
     [
         (["full_attention", "sliding"], 4, "choose out of full_attention, sliding_attention"),
         (["sliding_attention"] * 3, 4, "layer_types of backbone_config names 3 layers out of 2: name each"),
+        (["full_attention"] * 2, 4, "its layer_types has no sliding_attention: name the layers"),
         (["sliding_attention"] * 2, None, "has sliding_attention: set its sliding_window too"),
         (["sliding_attention"] * 2, 0, "sliding_window of backbone_config is 0; it must be at least 1"),
         (["sliding_attention"] * 2, "4", "sliding_window of backbone_config is '4'; it must be a whole number"),
@@ -238,11 +240,21 @@ def test_a_wrong_window_of_a_live_model(kinds, window, sentence):
         model(tokens())
 
 
-def test_a_text_that_grows_too_long_is_refused():
-    model, cache = build(), None
-    cache = model(torch.full((1, 90), 7), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"97 positions are more than max_position_embeddings \(96\): shorten"):
-        model(torch.full((1, 7), 7), past_key_values=cache, use_cache=True)
+def test_a_text_that_grows_too_long(monkeypatch):
+    """Refused where each position has an embedding; rotary ones go on, as in transformers."""
+    said, more = [], torch.full((1, 7), 7)
+    monkeypatch.setattr(modeling_feedback.logger, "warning_once", said.append)
+    for family in ("gpt2", "llama"):
+        model = build(backbone_config=family)
+        cache = model(torch.full((1, 90), 7), use_cache=True).past_key_values
+        if family == "gpt2":
+            with pytest.raises(
+                ValueError, match=r"97 positions are more than max_position_embeddings \(96\): shorten"
+            ):
+                model(more, past_key_values=cache, use_cache=True)
+        else:
+            assert model(more, past_key_values=cache, use_cache=True).logits.isfinite().all()
+    assert len(said) == 1 and said[0].startswith("97 positions are more")
 
 
 def test_without_attention_no_length_is_too_long():

@@ -49,6 +49,15 @@ def test_strategies(fields, arguments):
 
 
 @each_model
+def test_in_training_with_checkpointing(fields):
+    """Where no cache is made."""
+    model, prompt = build(**fields), tokens(2, 6)
+    expected = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    model.activation_checkpointing_enable()
+    assert torch.equal(model.train().generate(prompt, max_new_tokens=6, do_sample=False), expected)
+
+
+@each_model
 def test_ragged_batch_is_each_prompt_alone(fields):
     model, prompt = build(**fields), tokens(3, 8)
     batch = torch.full((3, 8), PAD)

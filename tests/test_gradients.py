@@ -70,7 +70,7 @@ def test_gradient_of_the_last_pass_alone():
 
 @pytest.mark.parametrize("fields", [{}, {"feedback_axis": "time", "solver": "jacobi", "solver_steps": 3}])
 def test_supervision_of_all_steps(fields):
-    model, batch = build(supervision="all", **fields), tokens()
+    model, batch = build(supervision="all", **fields).train(), tokens()
     outputs = model(batch, labels=batch)
     losses = [
         F.cross_entropy(model.lm_head(y)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
@@ -80,6 +80,18 @@ def test_supervision_of_all_steps(fields):
     assert_close(outputs.loss, torch.stack(losses).mean(), 1e-6)
     model.config.gradient_steps = 2
     assert_close(model(batch, labels=batch).loss, torch.stack(losses[1:]).mean(), 1e-6)
+    evaluated = model.eval()(batch, labels=batch)
+    assert evaluated.feedback_states is None
+    assert_close(evaluated.loss, losses[-1], 1e-6)
+
+
+def test_a_padding_token_that_is_real():
+    """As where the token that ends a text pads too: an embedding of zero would make gradients infinite."""
+    model, batch = build(num_feedback_layers=2, num_feedback_steps=12, pad_token_id=5).train(), tokens()
+    batch[:, 0] = 5
+    found, other = gradients(model, batch), gradients(model, torch.where(batch == 5, 6, batch))
+    sizes = [torch.stack([g.norm() for g in each.values()]).norm().item() for each in (found, other)]
+    assert sizes[0] < 3 * sizes[1]
 
 
 @each_cell

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackForTokenClassification
+from feedback_transformers import (
+    FeedbackConfig,
+    FeedbackForCausalLM,
+    FeedbackForTimeSeriesPrediction,
+    FeedbackForTokenClassification,
+)
 from feedback_transformers.training import MuonAdamW
 
 
@@ -34,6 +39,14 @@ def test_every_weight_is_trained_once_and_by_the_right_one():
     assert sorted([*muon, *outer, *flat]) == sorted(names.values())
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3, 1e-3]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_the_ends_of_a_forecast_are_outside_of_muon():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "embedding_type": "values", "num_channels": 3}
+    trained = FeedbackForTimeSeriesPrediction(FeedbackConfig(**sizes, feedback_signal="output"))
+    names = {id(p): name for name, p in trained.named_parameters()}
+    outer = {names[id(p)] for p in MuonAdamW(trained).param_groups[1]["params"]}
+    assert outer == {"model.embeddings.projection.weight", "readout.weight", "feedback.weight"}
 
 
 def test_a_classifier_is_read_and_fed_back_outside_of_muon():

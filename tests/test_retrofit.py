@@ -375,6 +375,27 @@ def test_drops_out_as_before(family):
     assert_close(*answers)
 
 
+@pytest.mark.parametrize("axis", ["depth", "time"])
+def test_a_text_that_outgrows_its_short_factors(axis):
+    """Phi-3 reads it anew with the long ones; with a cache, generation does so too."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0, 3.0, 2.0, 1.0], "original_max_position_embeddings": 12}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, **factors}
+    before = original("phi3", rope_parameters=rope, original_max_position_embeddings=12, sliding_window=None)
+    model = retrofit(before, 1, 2, 2, axis)
+    asked = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    for batch in (tokens(2, 9), tokens(2, 16)):
+        expected = before.generate(batch, **asked)
+        assert torch.equal(model.generate(batch, **asked), expected)
+
+
+def test_rotary_positions_go_on():
+    """Beyond max_position_embeddings, as the original does."""
+    before = original(
+        "llama", max_position_embeddings=8, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    )
+    assert_close(answer(retrofit(before, 1, 2, 3), tokens(2, 19)), answer(before, tokens(2, 19)))
+
+
 def test_shared_step_cache():
     """Later tokens read the last pass: the cache is that of one pass, and closed it is exact."""
     before, batch = original("llama"), tokens(2, 9)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .feedback_names import NOT_OF_LAYERS, RETROFIT_TYPES, model_type_of, shared_names
 from .feedback_presets import PRESETS
@@ -57,7 +57,18 @@ OTHER_NAMES = {
 OF_LAYERS = ("sliding_window", "layer_types", "rope_theta", "rope_scaling")
 
 
+def with_window(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A window that is named is for all layers; Qwen forgets it unless it is told twice."""
+    told = values.get("layer_types") or "use_sliding_window" in values
+    if not values.get("sliding_window") or told or model_type not in CONFIG_MAPPING:
+        return values
+    if not hasattr(CONFIG_MAPPING[model_type], "use_sliding_window"):
+        return values
+    return {**values, "use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
+
+
 def make_backbone(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
+    values = with_window(model_type, values)
     try:
         backbone = AutoConfig.for_model(model_type, **values)
     except KeyError as error:  # of parameters of rotary positions
@@ -92,7 +103,7 @@ class FeedbackConfig(PreTrainedConfig):
         solver_tolerance: make no further pass once no position's signal changes by more than this, relative to the
             largest signal (`None`: make all `solver_steps`); for `newton`, the residual to be reached.
         gradient_steps: back-propagate through the last so many steps only (`None`: all of them).
-        supervision: loss on the `last` pass or on `all` of them.
+        supervision: in training, loss on the `last` pass or on `all` of them.
         halting: `fixed`, all passes; `converged`, a position makes no further pass once the last one changed it by
             less than `halting_threshold` (in evaluation); `learned`, it stops with a probability that is learned
             (PonderNet, Banino et al. 2021, arXiv:2107.05407; in evaluation once it would rather have stopped than
@@ -201,6 +212,22 @@ class FeedbackConfig(PreTrainedConfig):
         self._refuse_misplaced(kwargs)
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; `backbone_config` may change fields of the saved layers, not their family."""
+        given, saved = kwargs.get("backbone_config"), config_dict.get("backbone_config")
+        if given is not None and isinstance(saved, dict):
+            family = saved.get("model_type", "llama")
+            other = given.get("model_type", family) if isinstance(given, dict) else getattr(given, "model_type", given)
+            if isinstance(given, str) or other != family:
+                raise ValueError(
+                    f"The layers of this checkpoint are {family} and backbone_config asks for {other}: leave it out, "
+                    "or give a dictionary of the fields to change."
+                )
+            if isinstance(given, dict):
+                kwargs["backbone_config"] = with_window(family, given)
+        return super().from_dict(config_dict, **kwargs)
 
     def _refuse_misspelled(self, names: dict[str, Any]) -> None:
         """Transformers keeps what it does not know, so that a field with a letter wrong would have no effect."""

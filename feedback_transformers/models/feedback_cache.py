@@ -188,7 +188,7 @@ class MaskSizes:
 class Context:
     """The positions [B, T] of a call, or a slice of them, as the parts see them.
 
-    Real positions come first and padding last (`compact` in modeling_feedback.py sees to it), so padding can
+    Real positions come first and padding last (`first_real` in feedback_padding.py sees to it), so padding can
     only reach a real position through what a cache holds from earlier calls; `key_mask` marks that.
     """
 

@@ -16,7 +16,9 @@ class TokenEmbeddings(nn.Module):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        # No padding_idx: the token that ends a text often pads too, and an embedding of zero stays so in a stack of
+        # norms without biases, where the gradient of each norm is a thousand times what comes in.
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():

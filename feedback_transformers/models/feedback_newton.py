@@ -42,7 +42,7 @@ def newton(
     if solved is None:
         logger.warning_once(
             f"Newton's method did not converge in {max_iterations} iterations, so positions are walked one by one: "
-            "allow more iterations, or use the sequential solver."
+            "raise solver_tolerance, or use the sequential solver."
         )
         return *scan(cell, x, state, mask), max_iterations
     h, jacobian, iterations = solved

@@ -171,6 +171,12 @@ def windows(config: Any) -> Iterator[str]:
     if set(kinds) - set(ATTENTIONS):
         given = ", ".join(map(str, set(kinds)))
         yield f"layer_types of backbone_config has {given}; choose out of {', '.join(ATTENTIONS)}."
+    own = config.retrofitted_from is not None and getattr(backbone, "use_sliding_window", False)  # of deeper layers
+    if window is not None and kinds and not own and "sliding_attention" not in kinds:
+        yield (
+            f"sliding_window of backbone_config is {window} and its layer_types has no sliding_attention: name the "
+            "layers there that it is for."
+        )
     if kinds and config.retrofitted_from is not None and len(kinds) != backbone.num_hidden_layers:
         yield (
             f"layer_types of backbone_config names {len(kinds)} layers out of "
@@ -182,7 +188,8 @@ def combinations(config: Any) -> Iterator[str]:
     for ours, theirs in shared_names(config.backbone_config.model_type).items():
         here, there = getattr(config, ours), getattr(config.backbone_config, theirs, None)
         if there is not None and here != there:
-            yield f"{ours} is {here!r} here and {there!r} in backbone_config: set both to the same."
+            named = "" if ours == theirs else f"{theirs}="
+            yield f"{ours} is {here!r} here and {named}{there!r} in backbone_config: set both to the same."
     if config.shared_step_cache and (config.feedback_axis, config.feedback_type) != ("depth", "transformer"):
         yield (
             "shared_step_cache is for the keys and values of passes: it needs feedback_axis='depth' and "
@@ -234,6 +241,9 @@ def unread(config: Any) -> Iterator[str]:
         "solver_block_size": (config.solver != "gauss_seidel", "but with solver='gauss_seidel': set that"),
         "supervision": (not config.in_passes, f"with one pass in order: {passes}"),
         "halting_threshold": (config.halting == "fixed", "with halting='fixed': set halting='converged'"),
+        "halting_measure": (config.halting == "fixed", "with halting='fixed': set halting='converged'"),
+        "halting_prior": (config.halting != "learned", "but with halting='learned': set that"),
+        "halting_weight": (config.halting not in ("learned", "act"), "but with halting='learned' or 'act': set one"),
     }
     for name, (unused, why) in idle.items():
         if unused and getattr(config, name) != getattr(type(config), name):

@@ -83,7 +83,17 @@ def check_download(folder: Path) -> int:
     return len(blobs)
 
 
-NO_ATTENTIONS = "Attention weights are not returned: leave output_attentions out."
+PACKED = "Several texts in one row would read each other: give each a row of its own, with padding."
+
+
+def refuse_arguments(others: dict[str, Any]) -> None:
+    """Of a call, that would change nothing."""
+    if others.get("output_attentions"):
+        raise ValueError("Attention weights are not returned: leave output_attentions out.")
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
+        if others.get(name) is not None:
+            raise ValueError(f"{name}: {PACKED}")
+
 
 # What may be added to the body of a trained model, and so begins new; a head is outside of the body.
 ADDED = ("loop.halting.", "loop.cross_attention.")
@@ -287,9 +297,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def predict(self, y: Tensor) -> Tensor:
         """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
         if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
+            by_output = self.config.feedback_signal == "output"
+            asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
             raise ValueError(
-                f"feedback_signal={self.config.feedback_signal!r} and halting_measure={self.config.halting_measure!r} "
-                "need a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
+                f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
             )
         return nn.functional.linear(y, self.token_table(y.device).t())
 
@@ -343,8 +354,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
-        if kwargs.get("output_attentions") or self.config.output_attentions:
-            raise ValueError(NO_ATTENTIONS)
+        refuse_arguments({"output_attentions": self.config.output_attentions, **kwargs})
         cache = self.make_cache(past_key_values, use_cache)
         context, order = self.make_context(embedded, attention_mask, position_ids, cache)
         if encoder_hidden_states is not None:
@@ -443,10 +453,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError("The input is empty: give at least one position.")
         longest = self.config.max_position_embeddings - self.first_position
         if self.config.has_attention and offset + length > longest:
-            raise ValueError(
-                f"{offset + length} positions are more than max_position_embeddings ({longest}): shorten the input, "
-                "or build a model with more."
-            )
+            long = f"{offset + length} positions are more than max_position_embeddings ({longest})"
+            if self.positions is not None:
+                raise ValueError(f"{long}: shorten the input, or build a model with more.")
+            logger.warning_once(f"{long}, which this model was not made for; rotary positions go on.")
 
     def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
         """Real positions [B, T] rise, as texts that are packed into one row don't: they would read each other."""
@@ -454,10 +464,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             return
         real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
         if ((position_ids[:, 1:] <= position_ids[:, :-1]) & real[:, 1:]).any():
-            raise ValueError(
-                "position_ids do not rise within a row: several texts in one row would read each other, so give each "
-                "a row of its own, with padding."
-            )
+            raise ValueError(f"position_ids do not rise within a row: {PACKED}")
         table = getattr(self.positions, "weight", None)
         if table is not None and ((position_ids < 0) | (position_ids + self.first_position >= len(table)))[real].any():
             raise ValueError(f"position_ids must be 0 or more, and below {len(table) - self.first_position}.")

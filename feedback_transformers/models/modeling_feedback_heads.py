@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, logging
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
-from .modeling_feedback import NO_ATTENTIONS, FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
+from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel, refuse_arguments
 
 logger = logging.get_logger(__name__)
 
@@ -77,7 +77,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
         """The model on `inputs`, feeding back this head's prediction where the config says so; `supervised` where a
         loss will be taken, which may be at every step."""
         config = self.config
-        if supervised and config.supervision == "all":
+        if supervised and self.training and config.supervision == "all":
             inputs["output_feedback_states"] = True
         if not supervised and self.training and (config.supervision == "all" or config.halting in ("learned", "act")):
             logger.warning_once(
@@ -93,7 +93,8 @@ class FeedbackHead(FeedbackPreTrainedModel):
         losses: Callable[[Tensor, Tensor], Tensor] | None = None,
         mean: Callable[[Tensor], Tensor] = torch.mean,
     ) -> Tensor:
-        """The mean of loss(y) over the supervised steps: the last one, or all that carry a gradient.
+        """The mean of loss(y) over the supervised steps: the last one, as always in evaluation, or all that carry a
+        gradient.
 
         With learned halting in training, the sum over the steps of losses(y, p), which weighs what it sums by the
         probability p [B, T] to stop there. `mean`: of what halting adds, [B, T] -> [].
@@ -104,7 +105,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
             total = torch.stack([losses(y, p) for y, p in steps]).sum()
         else:
             supervised: tuple[Tensor, ...] = (outputs.last_hidden_state,)
-            if self.config.supervision == "all" and outputs.feedback_states is not None:
+            if self.training and self.config.supervision == "all" and outputs.feedback_states is not None:
                 supervised = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
             total = torch.stack([loss(y) for y in supervised]).mean()
         way_back = getattr(self, "feedback", None)
@@ -118,6 +119,9 @@ class FeedbackHead(FeedbackPreTrainedModel):
 class FeedbackGenerationMixin(GenerationMixin):
     """generate() with a FeedbackCache, which the model makes itself at the first step."""
 
+    model: FeedbackModel
+    config: FeedbackConfig
+    training: bool
     _is_stateful = True  # a feedback state can't be undone, so assisted decoding is refused
 
     @classmethod
@@ -127,9 +131,29 @@ class FeedbackGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """As in transformers; `num_feedback_steps` of a GenerationConfig is an argument of the model."""
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        if self.training and self.model.loop.gradient_checkpointing:  # no cache is made, so each step has to read all
+            config.use_cache = False
         if (steps := getattr(config, "num_feedback_steps", None)) is not None:
             model_kwargs.setdefault("num_feedback_steps", steps)
         return config, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Any,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        inputs_embeds: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in transformers, also for Phi-3's `longrope`: a text that outgrows the short factors is read anew."""
+        rope = getattr(self.config.backbone_config, "rope_parameters", None) or {}
+        short = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+        if short and past_key_values is not None and past_key_values.get_seq_length() <= short < input_ids.shape[1]:
+            past_key_values = next_sequence_length = None
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
+        )
 
     def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError("Assisted decoding takes tokens back, and a feedback state can't be undone: leave it out.")
@@ -158,8 +182,8 @@ class FeedbackLMHead(FeedbackHead):
         self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
     ) -> FeedbackOutput:
         """Logits [B, T, V] of the last step, and the loss; kwargs go to transformers' loss function."""
-        if kwargs.pop("output_attentions", None):
-            raise ValueError(NO_ATTENTIONS)
+        refuse_arguments(kwargs)
+        kwargs.pop("output_attentions", None)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.predict(outputs.last_hidden_state[:, keep]), None
         if labels is not None:

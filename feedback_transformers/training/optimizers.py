@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from ..models.feedback_scan import Diagonal
+from ..models.modeling_feedback import FeedbackModel
+from ..models.modeling_feedback_heads import FeedbackHead
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -22,14 +24,14 @@ class MuonAdamW(torch.optim.Optimizer):
         self, model: nn.Module, lr: float = 3e-3, muon_lr: float = 1e-2, weight_decay: float = 0.1, **adamw: Any
     ) -> None:
         ends = [getattr(model, "get_output_embeddings", lambda: None)()]
-        if (name := getattr(model, "readout_name", None)) is not None:  # of a classifier
-            ends += [getattr(model, name), getattr(model, f"feedback_{name}")]
-        outer = {
-            id(p)
-            for m in model.modules()
-            if isinstance(m, nn.Embedding | Diagonal) or any(m is end for end in ends)
-            for p in m.parameters()
-        }
+        for m in model.modules():
+            if isinstance(m, FeedbackHead):
+                ends += [part for part in m.children() if part is not m.model]
+            elif isinstance(m, FeedbackModel):
+                ends.append(m.embeddings)
+            elif isinstance(m, nn.Embedding | Diagonal):
+                ends.append(m)
+        outer = {id(p) for end in ends if end is not None for p in end.parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]
         inner = [p for p in trained if p.ndim == 2 and id(p) not in outer]
         if not inner:
