@@ -51,6 +51,29 @@ def assert_equal(actual, expected) -> None:
         assert_close(a, e, TOLERANCE * max(1.0, e.abs().max().item()))
 
 
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_a_single_step_by_the_cell_of_torch(kind, monkeypatch):
+    """As decoding makes them, one after the other; with padding or adapters it is the step written out."""
+    cell, x, calls = make_recurrence(kind), torch.randn(3, 5, SIZE), []
+    start = make_state(cell)
+    expected = scan_reference(cell, x, start)
+    native = cell.native_step
+    monkeypatch.setattr(cell, "native_step", lambda *given: calls.append(given) or native(*given))
+    with torch.no_grad():
+        state, h = start, []
+        for t in range(5):
+            y, state = scan(cell, x[:, t : t + 1], state)
+            h.append(y)
+        assert len(calls) == 5
+        assert_close(torch.cat(h, dim=1), expected[0], 1e-6)
+        for part, other in zip(state, expected[1], strict=True):
+            assert_close(part, other, 1e-6)
+        cell.state_proj.register_forward_hook(lambda *given: None)
+        scan(cell, x[:, :1], start)
+    scan(cell, x[:, :1], start)
+    assert len(calls) == 5
+
+
 def poisoned(lengths: list[int], length: int):
     """Inputs and a mask with the padding last, where the inputs are huge."""
     mask = torch.arange(length) < torch.tensor(lengths)[:, None]

@@ -98,7 +98,7 @@ class LearnedHalting(Halting):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        # As the prior has it: from λ = 1/2, late passes would weigh too little in the loss to learn anything.
+        # As the prior has it, so that the divergence from it begins at zero.
         self.halt_proj = HaltProjection(config.hidden_size, first=config.halting_prior)
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:

@@ -80,6 +80,10 @@ class GRU(nn.Module):
         n = torch.tanh(n_x + r * n_h)
         return GRUState(torch.lerp(n.float(), state.h, z.float()))
 
+    def native_step(self, x: Tensor, state: GRUState) -> GRUState:
+        """One step from the input [B, D], by torch's cell."""
+        return GRUState(torch.gru_cell(x, state.h, *_weights(self)))
+
     def fused(self, x: Tensor, state: GRUState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, GRUState]:
         """All positions [B, T, D] at once, by our kernel or torch's."""
         weight, bias = self.state_proj.weight, self.state_proj.bias
@@ -94,6 +98,8 @@ class GRU(nn.Module):
 
 class DiagonalGRU(GRU):
     """A GRU whose recurrent matrices are diagonal: no channel reads another's state."""
+
+    native_step = None  # type: ignore[assignment]
 
     def add_state_projection(self, size: int) -> None:
         self.diagonal = Diagonal(size, self.num_gates)  # another name, since PEFT's default targets are found by name
@@ -117,6 +123,7 @@ class MinGRU(GRU):
     """
 
     num_gates = 2
+    native_step = None  # type: ignore[assignment]
 
     def add_state_projection(self, size: int) -> None:
         """It has none."""
@@ -171,6 +178,10 @@ class LSTM(nn.Module):
         c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
         return LSTMState(torch.sigmoid(o) * torch.tanh(c), c)
 
+    def native_step(self, x: Tensor, state: LSTMState) -> LSTMState:
+        """One step from the input [B, D], by torch's cell."""
+        return LSTMState(*torch.lstm_cell(x, state, *_weights(self)))
+
     def fused(self, x: Tensor, state: LSTMState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, LSTMState]:
         """torch's kernel over all positions [B, T, D]."""
         real, weights = RealFirst(x, mask, reverse), _weights(self)
@@ -200,6 +211,10 @@ def scan(
     """h_t [B, T, D] and the last state, over inputs [B, T, D]; where mask [B, T] is False nothing changes."""
     if x.shape[1] > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step is the cell itself
         return cell.fused(x, state, mask, reverse)
+    decodes = x.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
+    if decodes and cell.native_step is not None and can_fuse(cell, x):
+        state = cell.native_step(x[:, 0], state)
+        return state.h[:, None], state
     return scan_reference(cell, x, state, mask, reverse)
 
 
