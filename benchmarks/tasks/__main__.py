@@ -34,6 +34,7 @@ OVERVIEW = {  # of each task that is no matter of gradient modes or passes, what
     "mod5-brackets": ("scaled accuracy", "mod 5, brackets"),
     "swaps": ("256 operations", "swaps, 256, %"),
     "prefix-sums": ("last pass", "prefix sums, %"),
+    "pondering": ("extrapolation", "pondering, %"),
     "programs": ("20 statements", "programs, %"),
 }
 
@@ -45,6 +46,8 @@ TITLES = {
     "feedback-lstm": "feedback, LSTM cell",
     "feedback-gru": "feedback, GRU cell",
     "recurrent-looped": "recurrent-looped",
+    "act": "feedback, halting by ACT",
+    "fixed": "feedback, all passes",
     "our-gru": "our GRU, its own state alone",
     "control": "control without feedback",
     "llama": "Llama",
@@ -83,7 +86,7 @@ SEEDS_OF = {  # heading -> the tasks and metrics of its columns, and the models 
             "last-4": "the last 4",
             "one-step": "the last one",
             "all-passes": "all of them",
-            "8-layers": "8 layers, as much computation",
+            "8-layers": "8 layers without feedback, 3.8 times the parameters",
         },
     ),
 }
