@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         model_args.model_name_or_path = str(output / "base")
     if model_args.model_name_or_path is None:
         raise ValueError("Give --model_name_or_path, a checkpoint to adapt; examples/run_clm.py makes one.")
+    if not training_args.do_train:
+        raise ValueError("This script trains, and compares with before: leave --do_train out.")
     set_seed(training_args.seed)
     model, tokenizer, new = run_clm.prepare(model_args, text_args)
     old_args = run_clm.TextArguments(

@@ -109,6 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (OriginalArguments, run_clm.TextArguments, RetrofitArguments, LoraArguments, TrainingArguments)
     model_args, text_args, retrofit_args, lora_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
     output = Path(training_args.output_dir)
+    if not training_args.do_train:
+        raise ValueError("This script trains, and compares with before: leave --do_train out.")
     set_seed(training_args.seed)
     if model_args.model_name_or_path is None and text_args.smoke:
         model_args.model_name_or_path = tiny(output / "base", text_args)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, DatasetDict
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -74,19 +73,16 @@ class ClassificationArguments(scripts.DataArguments):
     max_seq_length: int = field(default=256, metadata={"help": "Longer texts are cut."})
 
 
-def with_classes(dataset: DatasetDict, column: str) -> DatasetDict:
-    """The labels as a ClassLabel, whatever they were."""
-    if isinstance(dataset["train"].features[column], ClassLabel):
-        return dataset
-    names = sorted({str(label) for split in dataset.values() for label in split[column]})
-    return dataset.map(lambda row: {column: str(row[column])}).cast_column(column, ClassLabel(names=names))
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, ClassificationArguments, TrainingArguments)
     model_args, text_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
     set_seed(training_args.seed)
-    dataset = text_args.limit(with_classes(text_args.load(), text_args.label_column))
+    dataset = text_args.load()
+    scripts.check_columns(dataset, text_column=text_args.text_column)
+    dataset = scripts.with_classes(
+        dataset, text_args.label_column, model_args.classes(AutoModelForSequenceClassification)
+    )
+    dataset = text_args.limit(dataset, shuffle=True)
     names = dict(enumerate(dataset["train"].features[text_args.label_column].names))
     labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 

@@ -118,6 +118,8 @@ def prepare(
     """The model, its tokenizer, and blocks of tokens. Also what the other examples of language models begin with."""
     streaming = getattr(text_args, "streaming", False)
     texts: Any = text_args.stream() if streaming else text_args.load(shuffle=False)
+    if not streaming:
+        scripts.check_columns(texts, text_column=text_args.text_column)
     checkpoint, options = model_args.model_name_or_path, model_args.hub_options
     if checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
@@ -147,6 +149,7 @@ def blocks(text_args: TextArguments, tokenizer: PreTrainedTokenizerBase, *splits
     """Blocks of tokens of some splits, for a tokenizer that is there."""
     texts = text_args.load(shuffle=False)
     texts = DatasetDict({split: texts[split] for split in splits})
+    scripts.check_columns(texts, text_column=text_args.text_column)
     return text_args.limit(data.blocks(texts, tokenizer, text_args.block_size, text_args.text_column))
 
 

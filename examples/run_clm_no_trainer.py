@@ -133,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     bar = tqdm(initial=step, total=args.max_train_steps, disable=not accelerator.is_main_process)
     sigterm = Sigterm()
     model.train()
-    for batch in endless(train, accelerator, step * args.gradient_accumulation_steps):
+    # An update at the end of an epoch is of what is left, so that an epoch has so many:
+    epochs, updates = divmod(step, -(-len(train) // args.gradient_accumulation_steps))
+    done = epochs * len(train) + updates * args.gradient_accumulation_steps
+    for batch in endless(train, accelerator, done):
         if step >= args.max_train_steps:
             break
         drawn = None

@@ -91,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     model_args, series_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
     set_seed(training_args.seed)
     series = series_args.load(shuffle=False)
+    scripts.check_columns(series, texts=False, value_column=series_args.value_column)
     dataset = series_args.limit(windows(series, series_args))
 
     if model_args.model_name_or_path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
@@ -116,10 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, ImageArguments, TrainingArguments)
     model_args, image_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
     set_seed(training_args.seed)
-    dataset = image_args.limit(image_args.load())
+    dataset = image_args.load()
+    scripts.check_columns(dataset, texts=False, image_column=image_args.image_column)
+    known = model_args.classes(AutoModelForImageClassification)
+    dataset = image_args.limit(scripts.with_classes(dataset, image_args.label_column, known), shuffle=True)
     labels = dataset["train"].features[image_args.label_column]
-    if not isinstance(labels, ClassLabel):
-        raise ValueError(f"The column {image_args.label_column!r} holds no class labels: give --label_column.")
 
     if model_args.model_name_or_path:
         model = model_args.load(AutoModelForImageClassification)

@@ -79,6 +79,10 @@ class PairArguments(scripts.DataArguments):
         default=None, metadata={"help": "bleu (with chrF) or rouge; by default rouge for aws-docs and bleu elsewhere."}
     )
 
+    def __post_init__(self) -> None:
+        if self.metric not in (None, "bleu", "rouge"):
+            raise ValueError(f"Unknown metric {self.metric!r}; choose bleu or rouge.")
+
 
 def score(predictions: list[str], references: list[str], metric: str) -> dict[str, float]:
     texts = {"predictions": predictions, "references": references}
@@ -97,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     training_args.generation_max_length = pair_args.max_target_length
     training_args.generation_num_beams = pair_args.num_beams
     set_seed(training_args.seed)
-    dataset = pair_args.limit(pair_args.load())
+    dataset = pair_args.load()
+    scripts.check_columns(dataset, source_column=pair_args.source_column, target_column=pair_args.target_column)
+    dataset = pair_args.limit(dataset)
     metric = pair_args.metric or ("rouge" if pair_args.dataset_name == "aws-docs" else "bleu")
 
     checkpoint, options = model_args.model_name_or_path, model_args.hub_options

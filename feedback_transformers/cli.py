@@ -9,12 +9,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from . import hub
@@ -58,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
 def load_config(source: str | Path, revision: str | None = None) -> FeedbackConfig:
     if Path(source, "adapter_config.json").is_file() and not Path(source, "config.json").is_file():
         raise ValueError(f"{source} holds an adapter alone: give the folder of the model it adapts, or merge them.")
+    path = str(source)
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ValueError(f"There is no folder {source}.")
     config = AutoConfig.from_pretrained(source, revision=revision)
     if not isinstance(config, FeedbackConfig):
         raise ValueError(f"{source} is a model of type {config.model_type!r}, not a feedback model.")
@@ -97,7 +101,7 @@ def sharing(args: argparse.Namespace, source: Path, target: Path) -> hub.Sharing
         raise ValueError("Say with --dataset what the results were measured on.")
     plots = sorted(source.glob("plots/*.png"))
     if state.is_file() and not plots:
-        plots = hub.draw_losses(json.loads(state.read_text(encoding="utf-8"))["log_history"], target)
+        plots = hub.draw_losses(read_metrics(state).get("log_history") or [], target)
     return hub.Sharing(results=found, plots=plots, card=card)
 
 
@@ -121,7 +125,11 @@ def run_export(args: argparse.Namespace) -> None:
 def run_card(args: argparse.Namespace) -> None:
     if not args.folder.is_dir():
         raise ValueError(f"There is no folder {args.folder}: give one with a feedback model.")
-    hub.complete(outline(load_config(args.folder)), args.folder, sharing(args, args.folder, args.folder))
+    model, said = outline(load_config(args.folder)), sharing(args, args.folder, args.folder)
+    readme = args.folder / "README.md"
+    if readme.is_file() and not said.results and hub.load_card(readme).data.get("eval_results"):
+        raise ValueError(f"{readme} states results, and none are here: give --results, or remove it.")
+    hub.complete(model, args.folder, said)
     print(args.folder / "README.md")
 
 
@@ -163,5 +171,6 @@ def measured_in(card: Path) -> str:
     """The results that a card states."""
     if not card.is_file():
         return "none: write one with `feedback-transformers card`"
-    results = ModelCard.load(card).data.eval_results or []
-    return ", ".join(f"{result.metric_name} {result.metric_value:.4g}" for result in results) or "without results"
+    results = hub.load_card(card).data.get("eval_results") or []
+    shown = [f"{r.metric_value:.4g}" if isinstance(r.metric_value, Real) else str(r.metric_value) for r in results]
+    return ", ".join(f"{r.metric_name} {value}" for r, value in zip(results, shown, strict=True)) or "without results"

@@ -13,6 +13,7 @@ A model loaded from a folder and pushed as it is takes along what lies beside it
 from __future__ import annotations
 
 import filecmp
+import math
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -58,6 +59,9 @@ class Sharing:
     results: dict[str, float] = field(default_factory=dict)
     plots: Sequence[str | Path] = ()
     card: dict[str, Any] = field(default_factory=dict)
+
+
+KEPT = ("license", "language", "base_model", "datasets")  # of a card that is there, unless others are given
 
 
 def describe(
@@ -125,11 +129,21 @@ def complete(model: FeedbackPreTrainedModel, folder: str | Path, sharing: Sharin
             shutil.copyfile(plot, folder / "plots" / plot.name)
     card = model_card(model, sharing.results, plots=[Path(plot).name for plot in sharing.plots], **sharing.card)
     readme = folder / "README.md"
-    if readme.exists():  # the tags that push_to_hub was given are in it
-        tags = [tag for said in (card, ModelCard.load(readme)) for tag in said.data.get("tags") or []]
-        card.data["tags"] = list(dict.fromkeys(tags))
+    if readme.exists():  # the tags that push_to_hub was given are in it, and what its author said
+        said = load_card(readme).data
+        card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(said.get("tags") or [])]))
+        for key in KEPT:
+            if said.get(key) and key not in sharing.card:
+                card.data[key] = said[key]
     card.save(readme)
     save_eval_results(folder, sharing)
+
+
+def load_card(readme: Path) -> ModelCard:
+    try:
+        return ModelCard.load(readme)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{readme} can't be read as a card: {str(error).partition(chr(10))[0]}.") from None
 
 
 def complete_push(model: FeedbackPreTrainedModel, folder: str, repository: str) -> None:
@@ -167,7 +181,11 @@ def processor_of(folder: str | Path) -> Any:
 def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     """What of Trainer's `metrics` says how good a model is: not the speed, not the progress, not the training loss."""
     names = [name for name in metrics if name.split("_")[0] in SPLITS or name == "perplexity"]
-    return {name: float(metrics[name]) for name in names if name.partition("_")[2] not in NOT_MEASURED}
+    kept = {name: metrics[name] for name in names if name.partition("_")[2] not in NOT_MEASURED}
+    for name, value in kept.items():
+        if not isinstance(value, Real):
+            raise ValueError(f"The metrics hold {name}={value!r}, which is not a number.")
+    return {name: float(value) for name, value in kept.items()}
 
 
 def draw_losses(history: Sequence[Mapping[str, Any]], folder: str | Path) -> list[Path]:
@@ -196,6 +214,7 @@ def save_eval_results(folder: Path, sharing: Sharing) -> None:
     entries = [
         EvalResultEntry(dataset_id=dataset, task_id=metric, value=value, notes=sharing.card.get("command") or None)
         for metric, value in sharing.results.items()
+        if math.isfinite(value)
     ]
     (folder / ".eval_results").mkdir(exist_ok=True)
     file = folder / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', dataset)}.yaml"
@@ -215,6 +234,7 @@ def eval_results(results: Mapping[str, float], task: str, dataset: str) -> list[
             metric_value=value,
         )
         for metric, value in results.items()
+        if math.isfinite(value)
     ]
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, T positions, K feedback steps, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def loss_curves(
         if evaluation:
             label = f"{name}, validation: {evaluation[-1][1]:.3f}"
             axes.plot(*zip(*evaluation, strict=True), color=color, linewidth=2, marker="o", markersize=4, label=label)
-            evaluated += [loss for _, loss in evaluation]
+            evaluated += [loss for _, loss in evaluation if isfinite(loss)]
     if len(set(evaluated)) > 1:  # the first training losses are so high that they would flatten all the rest
         axes.set_ylim(top=max(evaluated) + 0.4 * (max(evaluated) - min(evaluated)))
     axes.set_xlabel("training step")
@@ -67,7 +68,7 @@ def accuracy_per_step(accuracies: Mapping[str, Sequence[float]], path: str | Pat
     axes.set_ylabel("accuracy")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    every = [value for values in accuracies.values() for value in values]
+    every = [value for values in accuracies.values() for value in values if isfinite(value)] or [0.0]
     middle, half = (min(every) + max(every)) / 2, max(0.02, 0.7 * (max(every) - min(every)))  # no drama of 0.1 %
     axes.set_ylim(middle - half, middle + half)
     axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], nbins=5, min_n_ticks=1))
@@ -156,7 +157,8 @@ def step_predictions(
 
 def _visible(tokenizer: Any, token: int) -> str:
     text = tokenizer.decode([token])
-    return "".join(INVISIBLE.get(character, character) for character in text) if len(text) < 9 else text[:8] + "…"
+    shown = "".join(INVISIBLE.get(character, character) for character in text) if len(text) < 9 else text[:8] + "…"
+    return shown.replace("$", r"\$")  # which would begin a formula
 
 
 def _colors(count: int) -> list[str]:

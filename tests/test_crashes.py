@@ -200,11 +200,12 @@ def test_as_many_checkpoints_are_kept_as_asked(tmp_path):
     assert trainer.args.save_total_limit == 2
 
 
-def test_a_finished_run_is_not_trained_on(tmp_path):
+@pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 3.5 * 4 / len(BLOCKS)}])
+def test_a_finished_run_is_not_trained_on(length, tmp_path):
     """Its rate is constant, so that another step would change the weights."""
-    first = make_trainer(tmp_path, max_steps=4)
+    first = make_trainer(tmp_path, **length)
     train_safely(first)
-    again = make_trainer(tmp_path, max_steps=4)
+    again = make_trainer(tmp_path, **length)
     output = train_safely(again, resume=True)
     assert output.global_step == again.state.global_step == 4
     assert output.training_loss == first.state.log_history[-2]["loss"]

@@ -199,6 +199,15 @@ def test_a_resumed_run_ends_where_the_whole_one_does(script, tmp_path):
     assert last["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6), "nothing was left to train"
 
 
+def test_a_resumed_loop_with_an_update_of_what_is_left_of_an_epoch(tmp_path):
+    """Five batches an epoch, two an update."""
+    few = ["--max_train_samples", 5, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2]
+    few += ["--max_train_steps", 6, "--checkpointing_steps", 4, "--learning_rate", 1e-2]
+    whole = run("run_clm_no_trainer", *few, "--output_dir", tmp_path / "whole")
+    going_on = ["--output_dir", tmp_path / "again", "--resume_from_checkpoint", tmp_path / "whole" / "step_4"]
+    assert run("run_clm_no_trainer", *few, *going_on)["eval_loss"] == pytest.approx(whole["eval_loss"], abs=1e-6)
+
+
 @pytest.mark.parametrize("axis", ["depth", "time"])
 def test_a_resumed_retrofit_has_the_losses_of_the_whole_one(axis, tmp_path):
     """With the steps of its curriculum, and the divergence from the original."""

@@ -91,8 +91,7 @@ def inputs_of(model) -> tuple[dict, dict]:
         return {"past_values": series}, {
             "future_values": torch.randn(2, config.prediction_length, config.num_channels)
         }
-    # Not the padding: unmasked, its zeros stay zeros, where the gradient of a norm is a thousand times what it gets.
-    ids = (torch.randint(config.vocab_size - 1, (2, LENGTH)) + 1 + (config.pad_token_id or 0)) % config.vocab_size
+    ids = torch.randint(config.vocab_size, (2, LENGTH))
     if head is FeedbackForConditionalGeneration:
         return {"input_ids": ids, "decoder_input_ids": ids}, {"labels": ids}
     if head is FeedbackForSequenceClassification:

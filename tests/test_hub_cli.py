@@ -66,6 +66,22 @@ def test_card_touches_nothing_else(run, tmp_path):
     assert (metric["type"], metric["value"]) == ("accuracy", 0.75)
 
 
+def test_a_card_keeps_what_its_author_said(run, tmp_path):
+    folder = tmp_path / "kept"
+    cli.main(["export", str(run), str(folder), "--dataset", "me/plays", "--license", "other"])
+    readme = folder / "README.md"
+    readme.write_text(readme.read_text().replace("license: other", "license: other\nlanguage: de", 1))
+    said = ["card", str(folder), "--dataset", "me/plays", "--results", str(tmp_path / "results.json")]
+    (tmp_path / "results.json").write_text('{"eval_loss": 1.25, "eval_f1": NaN}')
+    cli.main(said)
+    assert "license: other" in readme.read_text() and "language: de" in readme.read_text()
+    assert "nan" not in readme.read_text().split("---")[1] and "1.25" in readme.read_text().split("---")[1]
+    cli.main([*said, "--license", "mit"])
+    assert "license: mit" in readme.read_text()
+    with pytest.raises(SystemExit, match="states results, and none are here: give --results"):
+        cli.main(["card", str(folder)])
+
+
 def test_what_cannot_be_done_ends_with_a_sentence(run, tmp_path):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     LoraConfig().save_pretrained(tmp_path / "adapter")

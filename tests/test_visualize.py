@@ -37,6 +37,17 @@ def test_loss_curves(tmp_path):
         assert picture.format == "PNG" and min(picture.size) > 400
 
 
+def test_numbers_that_are_not_finite_and_formulas(tmp_path):
+    history = [{"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": float("inf")}]
+    history += [{"step": 3, "eval_loss": 1.5}, {"step": 4, "eval_loss": float("nan")}]
+    visualize.loss_curves({"a run": history}, tmp_path / "loss.png")
+    visualize.accuracy_per_step({"a model": [0.5, float("nan"), 0.7]}, tmp_path / "accuracy.png")
+    tokenizer = data.characters(["a$x^{\\"])
+    model = FeedbackForCausalLM(FeedbackConfig(hidden_size=16, num_attention_heads=2, vocab_size=len(tokenizer)))
+    visualize.predictions_over_steps(model, tokenizer, "a$x^{$\\a$", path=tmp_path / "steps.png")
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
 def test_a_history_without_losses_is_refused():
     with pytest.raises(ValueError, match="neither 'loss' nor 'eval_loss'"):
         visualize.loss_curves({"a": [{"step": 1, "accuracy": 0.5}]})

@@ -45,6 +45,9 @@ def windows(series: Iterable[float], context_length: int, prediction_length: int
         if number < 1:
             raise ValueError(f"{name} is {number}, but must be at least 1.")
     values = np.asarray(list(series), dtype=np.float32)
+    gaps = np.flatnonzero(~np.isfinite(values))
+    if len(gaps):
+        raise ValueError(f"The series has {len(gaps)} gaps, or infinite numbers, the first at {gaps[0]}: fill them.")
     length = context_length + prediction_length
     if len(values) < length:
         raise ValueError(

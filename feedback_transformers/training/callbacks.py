@@ -37,6 +37,7 @@ class SampleFeedbackSteps(TrainerCallback):
         if not 0 <= curriculum <= 1:
             raise ValueError(f"curriculum ({curriculum}) is a share of training, from 0 to 1.")
         self.minimum, self.maximum, self.curriculum = minimum, maximum, curriculum
+        self.model: nn.Module | None = None  # while a step of it is trained
 
     def most(self, progress: float) -> int:
         """The maximum after the share `progress` of training."""
@@ -63,12 +64,18 @@ class SampleFeedbackSteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         most = self.most(state.global_step / state.max_steps)
+        self.model = model
         set_steps(model, draw_steps(state.global_step, self.minimum, most, args.seed))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        set_steps(model, None)
+        self.release()
+
+    def release(self) -> None:
+        if self.model is not None:
+            set_steps(self.model, None)
+        self.model = None
 
 
 def set_steps(model: nn.Module, num_steps: int | None) -> None:

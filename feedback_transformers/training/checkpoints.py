@@ -86,6 +86,8 @@ def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOut
                 raise
             raise _full(unfinished, trainer.is_world_process_zero()) from error
         finally:
+            for each in trainer.callback_handler.callbacks:  # what ours would leave in the model after an interrupt
+                getattr(each, "release", lambda: None)()
             trainer.remove_callback(callback)
             args.save_total_limit = limit
 
@@ -98,7 +100,10 @@ def finish(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
     if not saved.is_file() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
     state = TrainerState.load_from_json(str(saved))
-    if not 0 < trainer.args.max_steps <= state.global_step:
+    args = trainer.args
+    steps = args.max_steps if args.max_steps > 0 else state.max_steps
+    longer = args.max_steps <= 0 and args.num_train_epochs > state.num_train_epochs
+    if longer or not 0 < steps <= state.global_step:
         return None
     if trainer.is_world_process_zero():
         print(f"{checkpoint} is of the last step: nothing is left to train")

@@ -58,8 +58,7 @@ class Distill(TrainerCallback):
         self.teacher.to(args.device)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         self.autocast = torch.autocast(args.device.type, dtype, enabled=dtype is not None)
-        if self.hook is not None:  # of a run that was interrupted
-            self.hook.remove()
+        self.release()  # of a run that was interrupted
         self.hook = model.register_forward_hook(self.add, with_kwargs=True)
 
     def add(self, model: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -76,4 +75,8 @@ class Distill(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.hook.remove()
+        self.release()
+
+    def release(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()

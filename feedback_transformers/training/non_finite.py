@@ -35,6 +35,7 @@ class StopOnNonFinite(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        self.release()  # of a run that was interrupted
         self.hooks = [
             model.register_forward_pre_hook(self.keep, with_kwargs=True),
             model.register_forward_hook(self.remember),
@@ -102,6 +103,7 @@ class StopOnNonFinite(TrainerCallback):
     def release(self) -> None:
         for hook in self.hooks:
             hook.remove()
+        self.loss, self.batches, self.hooks = None, [], []
 
 
 def first_non_finite(model: nn.Module, inputs: dict[str, Any], backward: bool = False) -> str | None:

@@ -9,7 +9,7 @@ import ast
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch.distributed.fsdp import FSDPModule
-from transformers import HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, Trainer, TrainingArguments
 
 from .. import data, hub
 from ..models.configuration_feedback import PRESETS, FeedbackConfig
@@ -79,7 +79,9 @@ class DataArguments:
         for split, rows in dataset.items():
             if len(rows) == 0:
                 raise ValueError(f"The {split} data of {files.get(split, self.dataset_name)} has no examples.")
-        if "train" in dataset and "validation" not in dataset:
+        if "train" not in dataset:
+            raise ValueError("There is no train data, which tells what to prepare for: give --train_file too.")
+        if "validation" not in dataset:
             share = self.validation_split_percentage / 100
             if len(dataset["train"]) * share < 1:
                 raise ValueError(
@@ -113,17 +115,65 @@ class DataArguments:
         if close := get_close_matches(str(self.dataset_name), data.DATASETS, n=1, cutoff=0.8):
             raise ValueError(f"Unknown data set {self.dataset_name!r}: did you mean {close[0]}?")
 
-    def limit(self, dataset: DatasetDict) -> DatasetDict:
-        """At most `max_train_samples` and `max_eval_samples` of it."""
+    def limit(self, dataset: DatasetDict, shuffle: bool = False) -> DatasetDict:
+        """At most `max_train_samples` and `max_eval_samples` of it, the first ones or, where rows may be sorted by
+        class, random ones."""
         for split, rows in dataset.items():
             most = self.max_train_samples if split == "train" else self.max_eval_samples
-            dataset[split] = rows if most is None else rows.select(range(min(most, len(rows))))
+            if most is not None and most < len(rows):
+                dataset[split] = (rows.shuffle(seed=0) if shuffle else rows).select(range(most))
         return dataset
 
     @property
     def source(self) -> str:
         """What the data is called in a model card."""
         return Path(self.train_file).name if self.train_file else self.dataset_name or "unknown"
+
+
+def check_columns(dataset: Any, texts: bool = True, **columns: str) -> None:
+    """That every split has the `columns`, by their flags; and where they are `texts`, one in every row."""
+    for split, rows in dataset.items():
+        for flag, column in columns.items():
+            if column not in rows.column_names:
+                there = ", ".join(map(repr, rows.column_names))
+                raise ValueError(f"The {split} data has no column {column!r}, only {there}: give --{flag}.")
+            for i, text in enumerate(rows[column]) if texts else ():
+                if not isinstance(text, str):
+                    raise ValueError(f"Row {i} of the {split} data has {text!r} as its {column}, which is no text.")
+
+
+def with_classes(dataset: DatasetDict, column: str, known: Sequence[str] = ()) -> DatasetDict:
+    """The labels of all splits as numbers of one list of classes: those `known` of a checkpoint, else those of train.
+
+    Splits that were read from files of their own number their classes each for itself.
+    """
+    from datasets import ClassLabel
+
+    check_columns(dataset, texts=False, label_column=column)
+    found = {split: [*_class_names(rows, column, split)] for split, rows in dataset.items()}
+    own = dataset["train"].features[column]
+    names = list(known) or (own.names if isinstance(own, ClassLabel) else sorted(set(found["train"])))
+    numbers = {name: i for i, name in enumerate(names)}
+    for split, labels in found.items():
+        if unknown := sorted(set(labels) - numbers.keys()):
+            who = "the checkpoint" if known else "train"
+            raise ValueError(f"The {split} data has the class {unknown[0]!r}, and {who} only {', '.join(names[:20])}.")
+        rows, kind = dataset[split], ClassLabel(names=names)
+        if rows.features[column] != kind:
+            values = [numbers[label] for label in labels]
+            dataset[split] = rows.remove_columns(column).add_column(column, values, feature=kind)
+    return dataset
+
+
+def _class_names(rows: Dataset, column: str, split: str) -> Iterator[str]:
+    name_of = getattr(rows.features[column], "int2str", None)
+    for i, label in enumerate(rows[column]):
+        if label is None or label != label:
+            raise ValueError(f"Row {i} of the {split} data has no {column}: give it a class, or leave it out.")
+        if name_of is not None:
+            yield name_of(label)
+        else:  # a file with a gap, or with decimals, has 1.0 where another has 1
+            yield str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
 
 
 def _load_files(files: dict[str, str], streaming: bool = False) -> Any:
@@ -194,6 +244,16 @@ class ModelArguments:
             )
         return model
 
+    def classes(self, auto: Any) -> list[str]:
+        """The names of the classes that the checkpoint tells apart, if it is a classifier of the kind of `auto`."""
+        if self.model_name_or_path is None:
+            return []
+        config = AutoConfig.from_pretrained(self.model_name_or_path, **self.hub_options)
+        head = auto._model_mapping.get(type(config), type(None)).__name__
+        names = list((config.id2label or {}).values())
+        unnamed = all(str(name).startswith("LABEL_") for name in names)
+        return [] if unnamed or head not in (config.architectures or []) else names
+
     def config(self, architecture: dict[str, Any], **sizes: Any) -> FeedbackConfig:
         """The config of a new model: `sizes`, then the preset or else `architecture`, then the overrides."""
         if self.preset is not None and self.preset not in PRESETS:
@@ -237,7 +297,7 @@ def parse(
 
     `defaults` replace those of the dataclasses, and so does `smoke` with --smoke; what is given wins over both.
     """
-    parser = HfArgumentParser(types)
+    parser = HfArgumentParser(types, allow_abbrev=False)  # a token in a flag cut short would be shown in the card
     given = list(sys.argv[1:] if arguments is None else arguments)
     defaults = defaults or {}
     if any(issubclass(kind, TrainingArguments) for kind in types):
