@@ -79,9 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(training_args.seed)
     dataset = text_args.load()
     scripts.check_columns(dataset, text_column=text_args.text_column)
-    dataset = scripts.with_classes(
-        dataset, text_args.label_column, model_args.classes(AutoModelForSequenceClassification)
-    )
+    known = model_args.classes(AutoModelForSequenceClassification)
+    dataset = scripts.with_classes(dataset, text_args.label_column, known, training_args.do_train)
     dataset = text_args.limit(dataset, shuffle=True)
     names = dict(enumerate(dataset["train"].features[text_args.label_column].names))
     labels = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
@@ -89,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     checkpoint, options = model_args.model_name_or_path, model_args.hub_options
     if checkpoint:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, **options)
-        model = model_args.load(AutoModelForSequenceClassification, **labels)
+        others = bool(known) and list(names.values()) != known  # whose readout begins anew if they are more or fewer
+        model = model_args.load(AutoModelForSequenceClassification, **labels, ignore_mismatched_sizes=others)
     else:
         tokenizer = data.subwords(dataset["train"][text_args.text_column], text_args.vocab_size)
         sizes = {**SIZES, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}

@@ -119,20 +119,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     dataset = image_args.load()
     scripts.check_columns(dataset, texts=False, image_column=image_args.image_column)
     known = model_args.classes(AutoModelForImageClassification)
-    dataset = image_args.limit(scripts.with_classes(dataset, image_args.label_column, known), shuffle=True)
+    dataset = scripts.with_classes(dataset, image_args.label_column, known, training_args.do_train)
+    dataset = image_args.limit(dataset, shuffle=True)
     labels = dataset["train"].features[image_args.label_column]
+    names = dict(enumerate(labels.names))
+    classes = {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
     if model_args.model_name_or_path:
-        model = model_args.load(AutoModelForImageClassification)
+        others = bool(known) and labels.names != known  # whose readout begins anew if they are more or fewer
+        model = model_args.load(AutoModelForImageClassification, **classes, ignore_mismatched_sizes=others)
     else:
-        names = dict(enumerate(labels.names))
         config = model_args.config(
             ARCHITECTURE,
             **SIZES,
             embedding_type="patches",
             is_causal=False,
-            id2label=names,
-            label2id={name: i for i, name in names.items()},
+            **classes,
         )
         model = AutoModelForImageClassification.from_config(config)
     config = model.config

@@ -9,7 +9,7 @@ from conftest import build, tokens
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 from test_examples import examples_on_path, run  # noqa: F401 - a fixture
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
 
 from feedback_transformers import data
 from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, train_safely
@@ -103,6 +103,10 @@ def test_a_classifier_of_texts_is_asked_in_its_own_classes(tmp_path):
     assert run("run_classification", "--train_file", file("b.csv", ["dog", "owl"]), *asked)["eval_accuracy"] == 1
     with pytest.raises(ValueError, match="has the class 'ant', and the checkpoint only cat, dog, owl"):
         run("run_classification", "--train_file", file("c.csv", ["ant", "dog", "owl"]), *asked)
+    more = ["--train_file", file("d.csv", ["ant", "bee", "cow", "dog"]), *flags, "--output_dir", tmp_path / "more"]
+    assert run("run_classification", "--model_name_or_path", tmp_path / "out", *more)["eval_accuracy"] > 0.5
+    learned = AutoConfig.from_pretrained(tmp_path / "more").id2label
+    assert learned == {0: "ant", 1: "bee", 2: "cow", 3: "dog"}
 
 
 def test_other_arguments_that_are_refused(tmp_path):

@@ -142,16 +142,19 @@ def check_columns(dataset: Any, texts: bool = True, **columns: str) -> None:
                     raise ValueError(f"Row {i} of the {split} data has {text!r} as its {column}, which is no text.")
 
 
-def with_classes(dataset: DatasetDict, column: str, known: Sequence[str] = ()) -> DatasetDict:
+def with_classes(dataset: DatasetDict, column: str, known: Sequence[str] = (), trains: bool = False) -> DatasetDict:
     """The labels of all splits as numbers of one list of classes: those `known` of a checkpoint, else those of train.
 
-    Splits that were read from files of their own number their classes each for itself.
+    Splits that were read from files of their own number their classes each for itself. A checkpoint that `trains`
+    learns the classes of train, where they are others.
     """
     from datasets import ClassLabel
 
     check_columns(dataset, texts=False, label_column=column)
     found = {split: [*_class_names(rows, column, split)] for split, rows in dataset.items()}
     own = dataset["train"].features[column]
+    if trains and set(found["train"]) - set(known):
+        known = ()
     names = list(known) or (own.names if isinstance(own, ClassLabel) else sorted(set(found["train"])))
     numbers = {name: i for i, name in enumerate(names)}
     for split, labels in found.items():
