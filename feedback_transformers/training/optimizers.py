@@ -8,10 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.feedback_scan import Diagonal
-from ..models.modeling_feedback import FeedbackModel
-from ..models.modeling_feedback_heads import FeedbackHead
-
 
 class MuonAdamW(torch.optim.Optimizer):
     """PyTorch's Muon (Jordan et al. 2024) for weight matrices; its AdamW for embeddings, readout, gains and biases,
@@ -24,12 +20,13 @@ class MuonAdamW(torch.optim.Optimizer):
         self, model: nn.Module, lr: float = 3e-3, muon_lr: float = 1e-2, weight_decay: float = 0.1, **adamw: Any
     ) -> None:
         ends = [getattr(model, "get_output_embeddings", lambda: None)()]
-        for m in model.modules():
-            if isinstance(m, FeedbackHead):
-                ends += [part for part in m.children() if part is not m.model]
-            elif isinstance(m, FeedbackModel):
+        for m in model.modules():  # by name, as a checkpoint may bring its own code
+            kinds = {kind.__name__ for kind in type(m).__mro__}
+            if "FeedbackHead" in kinds:
+                ends += [part for name, part in m.named_children() if name != "model"]
+            elif "FeedbackModel" in kinds:
                 ends.append(m.embeddings)
-            elif isinstance(m, nn.Embedding | Diagonal):
+            elif kinds & {"Embedding", "Diagonal"}:
                 ends.append(m)
         outer = {id(p) for end in ends if end is not None for p in end.parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]
