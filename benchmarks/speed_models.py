@@ -101,7 +101,7 @@ def depth() -> tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]:
     rotary, positions = LlamaRotaryEmbedding(model.config.backbone_config), torch.arange(128)[None]
 
     def by_hand() -> Tensor:
-        e = base.embeddings.tokens(ids)
+        e = base.embeddings.embed_tokens(ids)
         h, position = torch.zeros_like(e), rotary(e, positions)
         for _ in range(8):
             h = loop.connection(e, h)

@@ -74,7 +74,7 @@ def retrofit(
         made: Any = head_of(original)(config)
     feedback = made if isinstance(made, FeedbackModel) else made.model
     base = share(original.base_model, {id(original.config): config.backbone_config})
-    feedback.adopt(base)
+    feedback.take_over(base)
     if isinstance(made, FeedbackForCausalLM):
         made.lm_head = share(original.get_output_embeddings())
     elif isinstance(made, FeedbackForSequenceClassification):
@@ -118,7 +118,7 @@ def unretrofit(model: FeedbackPreTrainedModel) -> PreTrainedModel:
     feedback: Any = model if isinstance(model, FeedbackModel) else model.model
     family, known = BACKBONES[backbone.model_type], {id(config.backbone_config): backbone}
     parts = {
-        family.tokens: feedback.embeddings.tokens,
+        family.tokens: feedback.embeddings.embed_tokens,
         family.positions: feedback.positions,
         family.token_types: feedback.token_types,
         family.embedding_norm: feedback.embedding_norm,

@@ -192,7 +192,7 @@ def test_registration_is_idempotent():
 
 KINDS = {  # key -> mean and standard deviation of a fresh one, with initializer_range=0.1
     "gru": {
-        "model.embeddings.tokens.weight": (0.0, 0.1),
+        "model.embeddings.embed_tokens.weight": (0.0, 0.1),
         "model.encoder.layers.0.self_attn.q_proj.weight": (0.0, 0.1),
         "model.encoder.layers.0.input_layernorm.weight": (1.0, 0.0),
         "model.loop.connection.scale": (1.0, 0.0),

@@ -132,7 +132,7 @@ def saves_and_loads(fields: dict, folder) -> None:
     loaded, info = FeedbackForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert loaded.config.to_dict() == FeedbackForCausalLM.from_pretrained(folder).config.to_dict()
-    tied = loaded.lm_head.weight is loaded.model.embeddings.tokens.weight
+    tied = loaded.lm_head.weight is loaded.model.embeddings.embed_tokens.weight
     assert tied == model.config.tie_word_embeddings
     batch = tokens()
     assert torch.equal(loaded(batch).logits, model(batch).logits)

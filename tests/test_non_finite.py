@@ -23,7 +23,7 @@ class Poison(TrainerCallback):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("name", ["model.norm.weight", "model.embeddings.tokens.weight"])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embeddings.embed_tokens.weight"])
 def test_stop_on_non_finite(value, name, tmp_path):
     """Names the step, and keeps the last checkpoint, which is good."""
     trainer = Trainer(

@@ -34,7 +34,7 @@ def test_every_weight_is_trained_once_and_by_the_right_one():
     optimizer = MuonAdamW(trained, lr=1e-3, muon_lr=1e-2, weight_decay=0.1)
     names = {id(p): name for name, p in trained.named_parameters()}
     muon, outer, flat = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
-    assert outer == {"lm_head.weight", "model.embeddings.tokens.weight"}
+    assert outer == {"lm_head.weight", "model.embeddings.embed_tokens.weight"}
     assert all(name.endswith("weight") and "norm" not in name for name in muon)
     assert sorted([*muon, *outer, *flat]) == sorted(names.values())
     assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-3, 1e-3]
@@ -56,7 +56,12 @@ def test_a_classifier_is_read_and_fed_back_outside_of_muon():
     names = {id(p): name for name, p in trained.named_parameters()}
     muon, outer, _ = ({names[id(p)] for p in group["params"]} for group in MuonAdamW(trained).param_groups)
     diagonal = {name for name in names.values() if name.endswith("diagonal.weight")}
-    assert outer == {"classifier.weight", "feedback_classifier.weight", "model.embeddings.tokens.weight", *diagonal}
+    assert outer == {
+        "classifier.weight",
+        "feedback_classifier.weight",
+        "model.embeddings.embed_tokens.weight",
+        *diagonal,
+    }
     assert diagonal and not muon & outer
 
 

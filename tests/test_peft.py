@@ -129,7 +129,7 @@ def test_merged_but_not_unloaded(cell):
 @pytest.mark.parametrize("axis", ["time", "depth"])
 def test_an_adapter_on_the_embeddings_is_heard_on_the_way_back(signal, axis):
     model = build(feedback_signal=signal, feedback_axis=axis, tie_word_embeddings=False)
-    adapted = adapt(model, ["tokens"], random=True).eval()
+    adapted = adapt(model, ["embed_tokens"], random=True).eval()
     with torch.no_grad():
         before = adapted(input_ids=tokens()).logits
         assert_close(adapted.merge_and_unload()(tokens()).logits, before)

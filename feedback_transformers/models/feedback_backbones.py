@@ -67,7 +67,7 @@ BACKBONES: dict[str, Family] = {
 }
 
 
-def borrowed(model_type: str, name: str) -> Any:
+def family_member(model_type: str, name: str) -> Any:
     """The class or function `name` of a family in transformers."""
     return getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
 

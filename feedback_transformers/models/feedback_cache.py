@@ -54,7 +54,7 @@ class FeedbackCache(Cache):
             layer: Any = self.layers[self.slots[slot]]
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
-    def hold(self, before: Slot, slot: Slot, offset: int) -> None:
+    def repeat_pass(self, before: Slot, slot: Slot, offset: int) -> None:
         """Positions from column `offset` on look at `slot`, a step's, as they did at the step `before`."""
         for known in [known for known in self.slots if known[: len(before)] == before]:
             keys, values = self.keys_values(known) or (None, None)
@@ -205,7 +205,7 @@ class Context:
     cross_attention: EncoderDecoderCache | None = None  # keys and values of the source, computed once a text
     iterations: list[int] = field(default_factory=list)  # of Newton's method in this call, a number a layer
 
-    def at(self, *slot: str | int) -> Context:
+    def for_part(self, *slot: str | int) -> Context:
         """The same positions for the part, or step, `slot`."""
         return replace(self, slot=(*self.slot, *slot))
 

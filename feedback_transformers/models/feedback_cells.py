@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_backbones import borrowed
+from .feedback_backbones import family_member
 from .feedback_cache import Context, KeyValueSlots
 from .feedback_layers import ConvStack, MLPStack, TransformerStack
 from .feedback_newton import newton
@@ -145,7 +145,7 @@ class MemoryTransformerCell(TransformerCell):
         if hasattr(attention, "k_norm") and attention.k_norm.weight.numel() == attention.head_dim:
             keys = attention.k_norm(keys)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        rotate = borrowed(self.backbone.model_type, "apply_rotary_pos_emb")
+        rotate = family_member(self.backbone.model_type, "apply_rotary_pos_emb")
         return rotate(keys, keys, *self.rotary(memory, context.position_ids))[1], values
 
 

@@ -29,7 +29,7 @@ class Ledger:
             self.call, self.inputs, self.gradients = call, [], []
         return self
 
-    def settle(self) -> tuple[Tensor, Tensor]:
+    def sum_gradients(self) -> tuple[Tensor, Tensor]:
         """The gradients [out, in] of the weight and [out] of the bias; then the ledger is empty."""
         x, gradient = torch.cat(self.inputs), torch.cat(self.gradients)
         self.inputs, self.gradients = [], []
@@ -50,7 +50,7 @@ class Deferred(torch.autograd.Function):
     def backward(ctx: Any, *given: Tensor | None) -> tuple[None, Tensor | None, Tensor | None]:
         if not ctx.ledger.opened().inputs:
             return None, given[0], given[1]
-        weight, bias = (s if g is None else s + g for s, g in zip(ctx.ledger.settle(), given, strict=True))
+        weight, bias = (s if g is None else s + g for s, g in zip(ctx.ledger.sum_gradients(), given, strict=True))
         return None, weight, bias if ctx.has_bias else None
 
 

@@ -29,6 +29,13 @@ class Progress:
     left_over: Tensor | float = 0.0  # [B, T] what the last pass of a position was cut to
     log_p: Tensor | None = None  # [B, T, V] the last prediction
 
+    @classmethod
+    def start(cls, e: Tensor, mask: Tensor | None) -> Progress:
+        """Return the progress before the first pass of a call with inputs e [B, T, D] and mask [B, T]."""
+        zeros = e.new_zeros(e.shape[:2], dtype=torch.float32)
+        running = torch.ones_like(zeros, dtype=torch.bool) if mask is None else mask.clone()
+        return cls(running, zeros.long(), zeros)
+
 
 class HaltProjection(nn.Linear):
     """What λ is the sigmoid of: one λ everywhere at first, the same in every model that learns it anew, also where
@@ -157,10 +164,3 @@ HALTING: dict[str, type[nn.Module]] = {
     "learned": LearnedHalting,
     "act": AdaptiveHalting,
 }
-
-
-def begin(e: Tensor, mask: Tensor | None) -> Progress:
-    """Of a call with inputs e [B, T, D], mask [B, T]."""
-    zeros = e.new_zeros(e.shape[:2], dtype=torch.float32)
-    running = torch.ones_like(zeros, dtype=torch.bool) if mask is None else mask.clone()
-    return Progress(running, zeros.long(), zeros)

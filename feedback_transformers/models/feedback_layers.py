@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 )
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_backbones import BACKBONES, borrowed, layer_kind, rotary_by_kind
+from .feedback_backbones import BACKBONES, family_member, layer_kind, rotary_by_kind
 from .feedback_cache import Context, KeyValueSlots, MaskSizes
 
 ACT2FN.setdefault("rrelu", nn.RReLU)
@@ -29,7 +29,7 @@ ACT2FN.setdefault("rrelu", nn.RReLU)
 class TransformerStack(nn.Module):
     """Decoder layers of `config.backbone_config`, borrowed from transformers; nothing of attention is written here.
 
-    In a retrofitted model they come with the base model (`adopt`), each in its own place there.
+    In a retrofitted model they come with the base model (`take_over`), each in its own place there.
     """
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
@@ -40,15 +40,15 @@ class TransformerStack(nn.Module):
         self.layers, self.rotary = nn.ModuleList(), None
         if config.retrofitted_from is not None:
             return
-        layer = borrowed(backbone.model_type, family.prefix + family.layer)
+        layer = family_member(backbone.model_type, family.prefix + family.layer)
         self.layers.extend(layer(backbone, layer_idx=i) for i in range(num_layers))
         if family.rotary is not None:
-            self.rotary = borrowed(backbone.model_type, f"{family.prefix}RotaryEmbedding")(backbone)
+            self.rotary = family_member(backbone.model_type, f"{family.prefix}RotaryEmbedding")(backbone)
         for module in self.modules():
             if hasattr(module, "is_causal"):  # else sdpa turns causal wherever the mask is None
                 setattr(module, "is_causal", causal)  # noqa: B010  (mypy takes every attribute of a Module for a Tensor)
 
-    def adopt(self, layers: nn.ModuleList, rotary: nn.Module | None, first: int) -> None:
+    def take_over(self, layers: nn.ModuleList, rotary: nn.Module | None, first: int) -> None:
         """Takes over layers of a base model, of which the first is its layer `first`."""
         self.layers, self.rotary, self.first = layers, rotary, first
 
@@ -132,7 +132,7 @@ class ConvStack(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for i, layer in enumerate(self.layers):
-            x = layer(x, context.at(i))
+            x = layer(x, context.for_part(i))
         return x
 
 
@@ -180,7 +180,7 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.backbone = config.backbone_config
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
-        self.attention = borrowed("bart", "BartAttention")(
+        self.attention = family_member("bart", "BartAttention")(
             config.hidden_size, config.num_attention_heads, is_decoder=True, config=self.backbone, layer_idx=0
         )
 

@@ -22,7 +22,7 @@ from .feedback_cache import Context, FeedbackCache
 from .feedback_cells import State, make_cell
 from .feedback_connections import CONNECTIONS
 from .feedback_gradients import DeferredWeightGradients
-from .feedback_halting import HALTING, begin
+from .feedback_halting import HALTING, Progress
 from .feedback_layers import CrossAttention, dropout
 from .feedback_names import RECURRENT_TYPES
 
@@ -80,7 +80,7 @@ class FeedbackLoop(nn.Module):
         else:
             made = self.over_passes(e, context, readout, passes, every_step)
         if self.training:
-            made.outputs[-1] = self.touch(made.outputs[-1])
+            made.outputs[-1] = self.keep_in_graph(made.outputs[-1])
         return made
 
     def num_passes(self, num_steps: int | None = None) -> int | None:
@@ -123,8 +123,8 @@ class FeedbackLoop(nn.Module):
         """f(c(e, φ), h') at all positions given, [B, T, D]."""
         x = self.connect(e, signal, context)
         if self.config.feedback_axis == "depth":
-            return self.cell.step(x, state, context.at("cell", number))
-        return self.cell(x, context.at("cell", number)), None
+            return self.cell.step(x, state, context.for_part("cell", number))
+        return self.cell(x, context.for_part("cell", number)), None
 
     # Depth, and time in parallel
 
@@ -139,7 +139,7 @@ class FeedbackLoop(nn.Module):
         remembers = config.feedback_connection == "memory" and config.feedback_signal != "none"
         if context.cache is None and (config.solver == "gauss_seidel" or remembers or (stops and config.is_causal)):
             context = replace(context, cache=FeedbackCache())  # of this call
-        progress = None if self.halting is None else begin(e, context.mask)
+        progress = None if self.halting is None else Progress.start(e, context.mask)
         every_step = every_step or (config.halting == "learned" and self.training)  # it weighs their losses
         first = max(0, passes - (config.gradient_steps or passes))
         resume = first if grad and first else passes  # after convergence: a truncated gradient wants its passes
@@ -152,19 +152,19 @@ class FeedbackLoop(nn.Module):
             stop = min(number + (segment if number >= first else 1), passes)
             here = replace(context, running=progress.running) if stops and before is not None else context
             with torch.set_grad_enabled(grad and number >= first):
-                now = self.some_passes(e, before, here, readout, number, stop, passes, every_step)
+                now = self.run_segment(e, before, here, readout, number, stop, passes, every_step)
                 if progress is not None:
                     progress.num_steps = progress.num_steps + progress.running
                     logits = readout.predict(now.y) if reads_prediction else None
                     self.halting(progress, now.h, None if before is None else before.h, logits, stop == passes)
             made = [*made, now] if every_step else [now]
             number, steps = stop, steps + 1
-            done = (stops and not progress.running.any()) or self.settled(before, now, context)
+            done = (stops and not progress.running.any()) or self.converged(before, now, context)
             if done and number < resume:
                 self.skip(now, context, number, resume)
                 number = resume
         h = made[-1].h if progress is None or progress.mean is None else progress.mean
-        y = readout.decode(h, context.at("decoder", "last"))
+        y = readout.decode(h, context.for_part("decoder", "last"))
         states, outputs = [*(p.h for p in made[:-1]), h], [*(p.y for p in made[:-1]), y]
         if progress is None:
             fixed = config.solver_tolerance is None
@@ -172,7 +172,7 @@ class FeedbackLoop(nn.Module):
         loss = self.halting.loss(progress)
         return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss)
 
-    def touch(self, y: Tensor) -> Tensor:
+    def keep_in_graph(self, y: Tensor) -> Tensor:
         """y, with a gradient of zero for the weights that only later steps read: DDP waits for that of each weight."""
         parts = [] if self.halting is None else [*self.halting.parameters()]
         weights = [*parts, getattr(self.cell, "layer_weights", None)]
@@ -194,7 +194,7 @@ class FeedbackLoop(nn.Module):
         checkpoints = self.gradient_checkpointing and self.training and not by_step
         return isqrt(passes) if checkpoints and passes >= 16 else 1
 
-    def some_passes(
+    def run_segment(
         self,
         e: Tensor,
         before: Pass | None,
@@ -234,17 +234,17 @@ class FeedbackLoop(nn.Module):
             h = torch.where(context.running[..., None], h, before.h)
         reads_prediction = self.stops and self.halting.reads_prediction
         if y is None and (reads_prediction or (not last and (wanted or by_output))):
-            y = readout.decode(h, context.at("decoder", number))
+            y = readout.decode(h, context.for_part("decoder", number))
         now = Pass(h, state, y)
         if config.feedback_signal == "none" or (last and not in_blocks):
             return now  # no later pass or call reads its signal
         signal = readout.embed(y) if by_output and y is not None else h
         in_time = config.feedback_axis == "time"
         now.signal = signal
-        now.shifted = self.previous(signal, context.at("signal", number)) if in_time else signal
+        now.shifted = self.previous(signal, context.for_part("signal", number)) if in_time else signal
         return now
 
-    def settled(self, before: Pass | None, now: Pass, context: Context) -> bool:
+    def converged(self, before: Pass | None, now: Pass, context: Context) -> bool:
         """Whether the last pass changed no signal by more than the tolerance."""
         tolerance = self.config.solver_tolerance
         if tolerance is None or self.config.feedback_axis == "depth" or now.signal is None:
@@ -262,9 +262,11 @@ class FeedbackLoop(nn.Module):
             return
         for number in range(start, stop):
             for part in ("cell", "decoder"):
-                context.cache.hold(context.at(part, number - 1).slot, context.at(part, number).slot, context.offset)
+                context.cache.repeat_pass(
+                    context.for_part(part, number - 1).slot, context.for_part(part, number).slot, context.offset
+                )
             if self.config.feedback_axis == "time" and now.signal is not None:
-                self.previous(now.signal, context.at("signal", number))
+                self.previous(now.signal, context.for_part("signal", number))
 
     def checkpoint(self, function: Callable, *args: object) -> Any:
         """Recomputes a pass, or a segment of passes, in the backward, so that only its input is kept."""
@@ -297,8 +299,8 @@ class FeedbackLoop(nn.Module):
         with DeferredWeightGradients() if defers else nullcontext():
             h, y, held = self.sweep(e, None, context, readout, 0, self.config.feedback_interval)
         if self.config.feedback_signal != "none":
-            context.at("signal", 0).keep((held,))
-        y = readout.decode(h, context.at("decoder", "last")) if y is None else y
+            context.for_part("signal", 0).keep((held,))
+        y = readout.decode(h, context.for_part("decoder", "last")) if y is None else y
         iterations = context.iterations
         return LoopOutput([h], [y], torch.full_like(context.position_ids, max(iterations)) if iterations else None)
 
@@ -314,7 +316,7 @@ class FeedbackLoop(nn.Module):
         truncate = None
         if not config.in_passes:
             decoder_slot, truncate = "last", config.gradient_steps if torch.is_grad_enabled() else None
-        kept = context.at("signal", number).state()
+        kept = context.for_part("signal", number).state()
         held = e.new_zeros(batch, size) if kept is None else kept[0].to(e.dtype)  # of the last finished chunk
         given = held  # of the last chunk finished before this block
         states: list[Tensor] = []
@@ -337,7 +339,7 @@ class FeedbackLoop(nn.Module):
             states.append(h)
             signal = h
             if by_output:
-                outputs.append(readout.decode(h, span.at("decoder", decoder_slot)))
+                outputs.append(readout.decode(h, span.for_part("decoder", decoder_slot)))
                 signal = readout.embed(outputs[-1])
             if feeds:
                 held = self.last_of_chunk(signal, held, context, start, stop)

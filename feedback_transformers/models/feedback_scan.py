@@ -368,7 +368,7 @@ class RecurrentStack(nn.Module):
         """[B, T, D] -> [B, T, D], from the state that the context remembers and leaving the new one there."""
         for i, layer in enumerate(self.layers):
             directions: Any = layer
-            here, cell = context.at(i), directions[0]
+            here, cell = context.for_part(i), directions[0]
             kept = here.state()
             state = cell.initial_state(x[:, 0]) if kept is None else cell.state_type(*kept)
             h, state = self.run(cell, x, state, context)

@@ -121,7 +121,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = False
     _supports_flex_attn = False
-    renamed: ClassVar[dict[str, str]] = {}  # weights of checkpoints of 0.1.0 that have other names now
+    # Weights of checkpoints of 0.1.0 that have other names now. PEFT knows tied embeddings by the name `embed_tokens`.
+    renamed: ClassVar[dict[str, str]] = {r"embeddings\.tokens\.": "embeddings.embed_tokens."}
     sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
 
     @classmethod
@@ -138,8 +139,7 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_sums(folder)
-        if cls.renamed:
-            kwargs["key_mapping"] = cls.renamed | (kwargs.get("key_mapping") or {})
+        kwargs["key_mapping"] = FeedbackPreTrainedModel.renamed | cls.renamed | (kwargs.get("key_mapping") or {})
         wanted = kwargs.pop("output_loading_info", False)
         loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
@@ -230,17 +230,17 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self.pooler: nn.Module | None = None
         if retrofitted:
             config.backbone_config.vocab_size = config.vocab_size  # the embeddings may have been resized
-            self.adopt(base_class(config.backbone_config)(config.backbone_config))
+            self.take_over(base_class(config.backbone_config)(config.backbone_config))
         self.post_init()
 
-    def adopt(self, base: PreTrainedModel) -> None:
+    def take_over(self, base: PreTrainedModel) -> None:
         """Takes over all parts of `base`, the base model that `config.backbone_config` describes."""
         config, family = self.config, BACKBONES[self.config.backbone_config.model_type]
 
         def part(path: str | None) -> Any:
             return None if path is None else reduce(getattr, path.split("."), base)
 
-        self.embeddings.tokens = part(family.tokens)
+        self.embeddings.embed_tokens = part(family.tokens)
         self.positions = part(family.positions)
         padding = getattr(self.positions, "padding_idx", None)
         self.first_position = 0 if padding is None else padding + 1
@@ -253,16 +253,16 @@ class FeedbackModel(FeedbackPreTrainedModel):
         stacks = (self.encoder, self.loop.cell, self.decoder)
         sizes = (config.num_encoder_layers, config.num_feedback_layers, config.num_decoder_layers)
         for stack, size in zip(stacks, sizes, strict=True):
-            cast(Any, stack).adopt(layers[first : first + size], part(family.rotary), first)
+            cast(Any, stack).take_over(layers[first : first + size], part(family.rotary), first)
             first += size
 
     def get_input_embeddings(self) -> nn.Module:
         if self.config.embedding_type != "tokens":
             raise NotImplementedError(f"A model of {self.config.embedding_type} has no token embeddings.")
-        return cast(nn.Module, self.embeddings.tokens)
+        return cast(nn.Module, self.embeddings.embed_tokens)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.tokens = value
+        self.embeddings.embed_tokens = value
 
     def place(self, embedded: Tensor, context: Context, token_type_ids: Tensor | None) -> Tensor:
         """Adds what the embeddings of tokens don't say: learned positions and types. [B, T, D] -> [B, T, D]"""
@@ -275,7 +275,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def encode(self, embedded: Tensor, context: Context) -> Tensor:
         """e [B, T, D]"""
-        return self.encoder(embedded, context.at("encoder"))
+        return self.encoder(embedded, context.for_part("encoder"))
 
     def encode_source(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None

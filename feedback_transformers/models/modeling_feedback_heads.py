@@ -63,7 +63,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
             )
         self.model = FeedbackModel(config)
 
-    def way_back(self, size: int) -> nn.Linear | None:
+    def feedback_projection(self, size: int) -> nn.Linear | None:
         """The linear map [..., size] -> [..., D] of a prediction, where the real output is fed back."""
         if self.config.feedback_signal != "output":
             return None
@@ -108,9 +108,11 @@ class FeedbackHead(FeedbackPreTrainedModel):
             if self.training and self.config.supervision == "all" and outputs.feedback_states is not None:
                 supervised = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
             total = torch.stack([loss(y) for y in supervised]).mean()
-        way_back = getattr(self, "feedback", None)
-        if way_back is not None and self.training:  # a single pass doesn't read it, and DDP waits for its gradient
-            total = total + 0 * sum(p.sum() for p in way_back.parameters() if p.requires_grad)
+        feedback_projection = getattr(self, "feedback", None)
+        if (
+            feedback_projection is not None and self.training
+        ):  # a single pass doesn't read it, and DDP waits for its gradient
+            total = total + 0 * sum(p.sum() for p in feedback_projection.parameters() if p.requires_grad)
         if outputs.halting_loss is not None:
             total = total + self.config.halting_weight * mean(outputs.halting_loss)
         return total
@@ -162,7 +164,7 @@ class FeedbackGenerationMixin(GenerationMixin):
 class FeedbackLMHead(FeedbackHead):
     """A readout over the vocabulary."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.embed_tokens.weight"}
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
@@ -281,7 +283,7 @@ class FeedbackClassifier(FeedbackHead):
         if config.halting_measure == "prediction" and not self.single_label:
             raise ValueError("halting_measure='prediction' compares a choice among classes: use 'state'.")
         self.add_module(self.readout_name, nn.Linear(config.hidden_size, self.num_labels))
-        self.add_module(f"feedback_{self.readout_name}", self.way_back(self.num_labels))
+        self.add_module(f"feedback_{self.readout_name}", self.feedback_projection(self.num_labels))
         self.post_init()
 
     @property
@@ -311,7 +313,7 @@ class FeedbackClassifier(FeedbackHead):
         numbers = self.num_labels == 1 or self.config.problem_type == "regression"
         return self.feedback(logits if numbers else logits.softmax(-1))
 
-    def settle(self, labels: Tensor | None) -> None:
+    def set_problem_type(self, labels: Tensor | None) -> None:
         """Sets the problem_type that transformers' loss would set of the labels, before a prediction is fed back."""
         if labels is None:
             return

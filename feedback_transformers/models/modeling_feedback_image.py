@@ -24,7 +24,7 @@ class FeedbackForImageClassification(FeedbackClassifier):
         **kwargs: Any,
     ) -> FeedbackOutput:
         """pixel_values [B, C, H, W], labels [B]; logits [B, L]."""
-        self.settle(labels)
+        self.set_problem_type(labels)
         outputs = self.run(labels is not None, **{**kwargs, "pixel_values": pixel_values, "use_cache": False})
         return self.classify(outputs, labels, None, kwargs.get("num_items_in_batch"))
 

@@ -41,7 +41,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         self.readout = nn.Linear(config.hidden_size, config.num_channels)
-        self.feedback = self.way_back(config.num_channels)
+        self.feedback = self.feedback_projection(config.num_channels)
         self.post_init()
 
     def embed_output(self, y: Tensor) -> Tensor:

@@ -116,7 +116,7 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding. A
         retrofitted decoder does as its original: it reads at the last token that is not pad_token_id, whatever the
         mask says, and masks nothing where there is none."""
-        self.settle(labels)
+        self.set_problem_type(labels)
         mask = attention_mask
         pad, as_original = self.config.pad_token_id, self.config.retrofitted_from and self.config.is_causal
         if input_ids is not None and pad is not None and (mask is None or as_original):
