@@ -25,7 +25,16 @@ FAST = ["numba>=0.62,<1"]
 MINGRU = ["minGRU-pytorch>=0.2.1,<0.3"]
 BENCH = ["feedback-transformer-pytorch>=0.0.11,<0.1", *MINGRU, "tiny-recursive-model>=0.0.15,<0.1"]
 DATA = ["datasets>=5.2,<6", "pillow>=10"]
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"]
+NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbmake>=1.5,<2"]
+ONNX = ["onnx>=1.23,<2", "onnxruntime>=1.32,<2", "onnxscript>=0.7,<0.8"]
+CHATS = ["trl>=1.16,<2"]
 DEV = [
+    *DOCS,
+    *NOTEBOOKS,
+    *ONNX,
+    *CHATS,
+    "parameterized>=0.9",  # of the test suites of transformers and PEFT
     *("build>=1.2", "mypy>=1.15", "ruff>=0.12"),
     *("hypothesis>=6.130,<7", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"),
 ]
@@ -48,6 +57,10 @@ setup(
         "data": DATA,
         "fast": FAST,
         "quantization": QUANTIZATION,
+        "docs": DOCS,
+        "notebooks": NOTEBOOKS,
+        "onnx": ONNX,
+        "chats": CHATS,
         "bench": BENCH + FAST,
         "dev": TRAIN + FAST + MINGRU + QUANTIZATION + DEV,
     },
