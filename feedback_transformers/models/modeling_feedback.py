@@ -296,16 +296,19 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def predict(self, y: Tensor) -> Tensor:
         """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
-        if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
-            by_output = self.config.feedback_signal == "output"
-            asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
-            raise ValueError(
-                f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
-            )
+        if not self.config.tie_word_embeddings:
+            raise ValueError(self.needs_a_head())
         return nn.functional.linear(y, self.token_table(y.device).t())
+
+    def needs_a_head(self) -> str:
+        by_output = self.config.feedback_signal == "output"
+        asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
+        return f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
 
     def token_table(self, device: torch.device) -> Tensor:
         """E [D, V], read through its module, so that adapters and hooks count."""
+        if self.config.embedding_type != "tokens":
+            raise ValueError(self.needs_a_head())
         return self.get_input_embeddings()(torch.arange(self.config.vocab_size, device=device)[None])[0].t()
 
     def feed_tokens(self, predict: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
