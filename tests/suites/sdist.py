@@ -23,9 +23,7 @@ def unpacked(package: str) -> Path:
         archive = FOLDER / f"{name}.tar.gz"
         if not archive.exists():
             download(package)
-        with TemporaryDirectory(
-            dir=FOLDER
-        ) as unfinished:  # a test that runs at the same time sees all of it or nothing
+        with TemporaryDirectory(dir=FOLDER) as unfinished:
             with tarfile.open(archive) as files:
                 files.extractall(unfinished, filter="data")
             if not folder.exists():
