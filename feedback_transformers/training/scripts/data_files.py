@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ... import data
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict, IterableDatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 BUILDERS = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}  # by the ending of a file
 
@@ -34,10 +35,12 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many examples only."})
     smoke: bool = field(default=False, metadata={"help": "A run of seconds, to see that everything works."})
 
-    def load(self, shuffle: bool = True) -> DatasetDict:
-        """The data set, with `train`, `validation` and perhaps `test`; files win over a name.
+    def load(self, shuffle: bool = True, prepare: Callable[[Dataset], Dataset] | None = None) -> DatasetDict:
+        """Read the data set, with `train`, `validation` and perhaps `test`; files win over a name.
 
-        `shuffle`: whether a missing validation split is drawn at random, or is the end of train (texts, series).
+        Args:
+            shuffle: whether a missing validation split is drawn at random, or is the end of train (texts, series).
+            prepare: changes the rows of each split, before a missing validation split is cut off.
         """
         from datasets import load_dataset
 
@@ -57,6 +60,9 @@ class DataArguments:
                 raise ValueError(f"The {split} data of {files.get(split, self.dataset_name)} has no examples.")
         if "train" not in dataset:
             raise ValueError("There is no train data, which tells what to prepare for: give --train_file too.")
+        if prepare is not None:
+            for split, rows in dataset.items():
+                dataset[split] = prepare(rows)
         if "validation" not in dataset:
             share = self.validation_split_percentage / 100
             if len(dataset["train"]) * share < 1:
