@@ -210,9 +210,10 @@ def scan(
     cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
     """h_t [B, T, D] and the last state, over inputs [B, T, D]; where mask [B, T] is False nothing changes."""
-    if fixed_length(x.shape[1]) > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step is the cell itself
+    length = fixed_length(x.shape[1])
+    if length > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step is the cell itself
         return cell.fused(x, state, mask, reverse)
-    decodes = x.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
+    decodes = length == 1 and mask is None and not torch.is_grad_enabled()
     if decodes and cell.native_step is not None and can_fuse(cell, x):
         state = cell.native_step(x[:, 0], state)
         return state.h[:, None], state
