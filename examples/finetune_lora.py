@@ -92,12 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=new["train"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[StopOnNonFinite()],
+        callbacks=[*scripts.drawn_passes(model_args, model), StopOnNonFinite()],
     )
     trainer.args.prediction_loss_only = True
 
     def perplexity(dataset: Dataset) -> float:
-        return math.exp(trainer.evaluate(dataset)["eval_loss"])
+        return math.exp(trainer.predict(dataset).metrics["test_loss"])
 
     scripts.record(trainer, "train", scripts.train(trainer))
     with model.disable_adapter():  # not before training: a model evaluated first is not trained in parallel
@@ -109,6 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     for name in validation:
         metrics |= {f"perplexity_before_{name}": before[name], f"perplexity_after_{name}": after[name]}
         print(f"{name:<20}{before[name]:>10.2f}{after[name]:>10.2f}")
+    metrics |= scripts.measure_passes(
+        trainer, f"perplexity_after_{text_args.source}", lambda: perplexity(new["validation"])
+    )
     scripts.record(trainer, "eval", metrics)
 
     model.save_pretrained(output / "adapter")

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from feedback_transformers import data, retrofit
-from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts
+from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, with_steps
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "runs/retrofit",
@@ -143,8 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     old = run_clm.blocks(old_args, tokenizer, "validation")
     validation = {text_args.source: new["validation"], old_args.source: old["validation"]}
 
-    most = model_args.max_feedback_steps or retrofit_args.num_feedback_steps
-    callbacks = [SampleFeedbackSteps(model_args.min_feedback_steps, most, retrofit_args.curriculum)]
+    model_args.max_feedback_steps = model_args.max_feedback_steps or retrofit_args.num_feedback_steps
+    fewest, most = scripts.steps_to_draw(model_args, model)
+    callbacks = [SampleFeedbackSteps(fewest, most, retrofit_args.curriculum)]
     if retrofit_args.distillation_weight:
         callbacks.append(Distill(original, retrofit_args.distillation_weight))
     trainer = Trainer(
@@ -157,21 +158,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     )
     trainer.args.prediction_loss_only = True
 
-    config, passes = model.config, "num_feedback_steps" if retrofit_args.axis == "depth" else "solver_steps"
-
-    def perplexity(trainer: Trainer, steps: int | None = None) -> dict[str, float]:
-        """By text, at so many feedback steps; None: those of the config."""
-        own = getattr(config, passes)
-        setattr(config, passes, steps or own)
-        found = {text: math.exp(trainer.evaluate(rows)["eval_loss"]) for text, rows in validation.items()}
-        setattr(config, passes, own)
-        return found
+    def perplexity(trainer: Trainer, steps: int) -> dict[str, float]:
+        """By text, at so many feedback steps."""
+        with with_steps(model, steps):
+            found = {text: trainer.predict(rows).metrics["test_loss"] for text, rows in validation.items()}
+        return {text: math.exp(loss) for text, loss in found.items()}
 
     scripts.record(trainer, "train", scripts.train(trainer))
     counts = sorted({1, retrofit_args.num_feedback_steps})
     untouched = Trainer(original, training_args, data_collator=default_data_collator)
     untouched.model_accepts_loss_kwargs = False  # of GPT-2 it would count a token too many in each row
-    first = perplexity(untouched)
+    first = perplexity(untouched, 1)
     with model.disable_adapter():  # not before training: a model evaluated first is not trained in parallel
         before = {steps: perplexity(trainer, steps) for steps in counts}
     after = {steps: perplexity(trainer, steps) for steps in counts}
@@ -184,6 +181,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             metrics[f"perplexity_before_{text}_step_{steps}"] = before[steps][text]
             metrics[f"perplexity_after_{text}_step_{steps}"] = after[steps][text]
             print(f"{text:<20}{steps:>6}{first[text]:>10.2f}{before[steps][text]:>10.2f}{after[steps][text]:>10.2f}")
+    source = text_args.source
+    metrics |= scripts.measure_passes(
+        trainer,
+        f"perplexity_after_{source}",
+        lambda: math.exp(trainer.predict(validation[source]).metrics["test_loss"]),
+    )
     scripts.record(trainer, "eval", metrics)
 
     model.save_pretrained(output / "adapter")

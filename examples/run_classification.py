@@ -117,9 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=compute_metrics,
-        callbacks=[StopOnNonFinite()],
+        callbacks=[*scripts.drawn_passes(model_args, model, training_args.do_train), StopOnNonFinite()],
     )
-    results = scripts.fit(trainer, encoded.get("test"))
+    results = scripts.fit(trainer, encoded.get("test"), metric="accuracy")
 
     scripts.publish(
         trainer,

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from feedback_transformers import data
-from feedback_transformers.training import MuonAdamW, SampleFeedbackSteps, StopOnNonFinite, scripts
+from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
 
 # Feedback from the position before, solved by passes in parallel: the loop of `num_feedback_steps` that is sampled.
 ARCHITECTURE = {
@@ -39,6 +39,7 @@ ARCHITECTURE = {
     "num_feedback_layers": 2,
     "num_decoder_layers": 1,
     "gradient_steps": 3,
+    "trained_feedback_steps": [3, 6],  # the passes that are drawn in training
 }
 SIZES = {"hidden_size": 128, "intermediate_size": 248, "num_attention_heads": 4, "tie_word_embeddings": False}
 TOKENIZER_ROWS = 10_000  # of a stream, that a new tokenizer is made of
@@ -57,8 +58,6 @@ DEFAULTS: dict[str, Any] = {
     "eval_steps": 500,
     "save_steps": 500,
     "save_total_limit": 2,
-    "min_feedback_steps": 3,
-    "max_feedback_steps": 6,
 }
 SMOKE: dict[str, Any] = {
     "output_dir": "runs/smoke/clm",
@@ -175,12 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=blocks["validation"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[StopOnNonFinite()],
+        callbacks=[*scripts.drawn_passes(model_args, model, training_args.do_train), StopOnNonFinite()],
         optimizers=(optimizer(model, text_args, training_args.learning_rate, training_args.weight_decay), None),
     )
     trainer.args.prediction_loss_only = True  # the logits of a whole validation set are large
-    if scripts.draws_steps(model_args, model):
-        trainer.add_callback(SampleFeedbackSteps(model_args.min_feedback_steps, model_args.max_feedback_steps))
 
     metrics = {}
     if training_args.do_train:
@@ -188,12 +185,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if training_args.do_eval:
         metrics = trainer.evaluate()
         metrics["perplexity"] = math.exp(metrics["eval_loss"])
+        metrics |= scripts.measure_passes(
+            trainer, "perplexity", lambda: math.exp(trainer.predict(blocks["validation"]).metrics["test_loss"])
+        )
         scripts.record(trainer, "eval", metrics)
 
     scripts.publish(
         trainer,
         tokenizer,
-        {name: metrics[name] for name in ("eval_loss", "perplexity") if name in metrics},
+        {name: value for name, value in metrics.items() if name == "eval_loss" or name.startswith("perplexity")},
         name="Feedback language model",
         dataset=text_args.source,
         description=f"Trained on {text_args.source} in blocks of {text_args.block_size} tokens.",

@@ -27,8 +27,11 @@ from feedback_transformers.training import (
     draw_steps,
     first_non_finite,
     last_complete_checkpoint,
+    own_steps,
     saving,
     scripts,
+    trained_with,
+    with_steps,
 )
 
 
@@ -55,7 +58,7 @@ class LoopArguments:
     hub_token: str | None = field(default=None, metadata={"help": "Access token with the right to write."})
 
 
-DATA = ("dataset_name", "muon_learning_rate", "min_feedback_steps", "max_feedback_steps")
+DATA = ("dataset_name", "muon_learning_rate")
 SIZES = ("block_size", "max_train_samples", "max_eval_samples", "per_device_train_batch_size", "config_overrides")
 SMOKE = {"output_dir": "runs/smoke/clm-no-trainer", "max_train_steps": 4, "checkpointing_steps": 2}
 
@@ -98,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     with accelerator.main_process_first():
         model, tokenizer, blocks = run_clm.prepare(model_args, text_args)
+    steps = scripts.steps_to_draw(model_args, model)
+    trained_with(model, steps)
     accelerator.print(f"{model.num_parameters():,} parameters, {len(blocks['train']):,} blocks")
 
     train = DataLoader(
@@ -129,7 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         step = int(Path(checkpoint).name.removeprefix("step_"))
         accelerator.print(f"Going on from step {step}")
 
-    sampled = scripts.draws_steps(model_args, model)
     bar = tqdm(initial=step, total=args.max_train_steps, disable=not accelerator.is_main_process)
     sigterm = Sigterm()
     model.train()
@@ -140,8 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         if step >= args.max_train_steps:
             break
         drawn = None
-        if sampled:  # the same number on every process, and after a restart
-            drawn = draw_steps(step, model_args.min_feedback_steps, model_args.max_feedback_steps, args.seed)
+        if steps is not None:  # the same number on every process, and after a restart
+            drawn = draw_steps(step, *steps, args.seed)
         with accelerator.accumulate(model):
             loss = model(**batch, num_feedback_steps=drawn).loss
             if not torch.isfinite(loss):
@@ -171,6 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     loss = evaluate(model, validation, accelerator)
     metrics = {"eval_loss": loss, "perplexity": math.exp(loss)}
     accelerator.print(metrics)
+    for number in range(1, 2 * (own_steps(model) or 0) + 1):
+        with with_steps(model, number):
+            metrics[f"perplexity_step_{number}"] = math.exp(evaluate(model, validation, accelerator))
+        accelerator.print(f"perplexity with {number} passes: {metrics[f'perplexity_step_{number}']:.4f}")
     accelerator.log(metrics, step=step)
     trained = scripts.whole(accelerator, model)
     if accelerator.is_main_process:

@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         compute_metrics=compute_metrics,
-        callbacks=[StopOnNonFinite()],
+        callbacks=[*scripts.drawn_passes(model_args, model, training_args.do_train), StopOnNonFinite()],
     )
 
     def compare(predictions: np.ndarray) -> dict[str, float]:
@@ -164,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             print(f"  {source}\n-> {written}\n")
         return {f"test_{name}_of_the_source": value for name, value in score(sources, targets, metric).items()}
 
-    results = scripts.fit(trainer, encoded.get("test"), compare)
+    results = scripts.fit(trainer, encoded.get("test"), compare, "rougeL" if metric == "rouge" else "bleu")
     scripts.publish(
         trainer,
         tokenizer,

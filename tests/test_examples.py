@@ -308,7 +308,11 @@ def test_too_few_examples_to_split(tmp_path):
         (["--model_name_or_path", "me/it", "--preset", "gru"], ValueError, "preset and config_overrides are of a new"),
         (["--config_overrides", "hidden_size"], ValueError, "not of the form name=value"),
         (["--preset", "transformer-9000"], ValueError, "Unknown preset 'transformer-9000'; choose one of"),
-        (["--min_feedback_steps", "5", "--max_feedback_steps", "2"], ValueError, "1 <= minimum <= maximum"),
+        (
+            ["--min_feedback_steps", "5", "--max_feedback_steps", "2"],
+            ValueError,
+            "steps is 5 and --max_feedback_steps is 2",
+        ),
         (["--push_to_hub", "true", "--hub_token", "hf_secret"], ValueError, "leave --hub_token out"),
     ],
 )

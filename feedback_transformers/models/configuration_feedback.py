@@ -90,6 +90,8 @@ class FeedbackConfig(PreTrainedConfig):
         feedback_axis: `time`, feedback from the previous position, or `depth`, from the previous pass.
         feedback_interval: time axis: positions per update of the feedback, counted from the first real token.
         num_feedback_steps: depth axis: passes over the same positions.
+        trained_feedback_steps: the fewest and the most passes that the model was trained with, written by training. A
+            call with another number warns.
         feedback_signal: `state` feeds back the cell's latent, `output` the real prediction, embedded, and `none` is
             the feed-forward control of the same size, whose connection reads the present input instead of the past
             (a little smaller where feedback has weights of its own: the memory's, or those of a head's way back).
@@ -129,6 +131,10 @@ class FeedbackConfig(PreTrainedConfig):
         "hidden_states",
         "feedback_states",
         "num_feedback_steps",
+        "pooling_mask",
+        "decoder_hidden_states",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
     ]
     attribute_map: ClassVar[dict] = {"num_hidden_layers": "num_feedback_layers"}
 
@@ -159,6 +165,7 @@ class FeedbackConfig(PreTrainedConfig):
     feedback_axis: str = "depth"
     feedback_interval: int = 1
     num_feedback_steps: int = 4
+    trained_feedback_steps: list[int] | None = None
     feedback_signal: str = "state"
     feedback_connection: str = "gate"
     feedback_noise: float | int = 0.0

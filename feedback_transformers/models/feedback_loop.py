@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context, FeedbackCache
@@ -26,6 +27,8 @@ from .feedback_halting import HALTING, Progress
 from .feedback_layers import CrossAttention, dropout
 from .feedback_names import RECURRENT_TYPES
 from .feedback_padding import fixed_length
+
+logger = logging.get_logger(__name__)
 
 
 class Readout(NamedTuple):
@@ -70,6 +73,7 @@ class FeedbackLoop(nn.Module):
         self, e: Tensor, context: Context, readout: Readout, num_steps: int | None = None, every_step: bool = False
     ) -> LoopOutput:
         passes = self.num_passes(num_steps)
+        self.check_trained(passes)
         kind = HALTING.get(self.config.halting, type(None))
         if type(self.halting) is not kind:
             raise ValueError(
@@ -104,6 +108,17 @@ class FeedbackLoop(nn.Module):
                 "num_feedback_steps has no meaning position by position: leave it out, or set config.solver='jacobi'."
             )
         return None
+
+    def check_trained(self, passes: int | None) -> None:
+        """Warn where an evaluation makes a number of passes that the model was not trained with."""
+        trained = self.config.trained_feedback_steps
+        if passes is None or trained is None or self.training or torch.compiler.is_compiling():
+            return
+        if not trained[0] <= passes <= trained[1]:
+            logger.warning_once(
+                "This model makes a number of passes that it was not trained with, so its predictions may be worse: "
+                "choose num_feedback_steps within config.trained_feedback_steps."
+            )
 
     # The equation
 

@@ -113,6 +113,12 @@ def numbers(config: Any) -> Iterator[str]:
         yield from whole(name, getattr(config, name), least)
     if config.gradient_steps is not None:
         yield from whole("gradient_steps", config.gradient_steps)
+    trained = config.trained_feedback_steps
+    if trained is not None:
+        for steps in trained:
+            yield from whole("trained_feedback_steps", steps)
+        if len(trained) != 2 or trained[0] > trained[1]:
+            yield f"trained_feedback_steps is {trained}; it must be [fewest, most]."
     # Comparisons in this direction refuse nan too.
     for name in WEIGHTS:
         value = getattr(config, name)
