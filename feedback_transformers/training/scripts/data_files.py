@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,7 +13,7 @@ from .files import read_files
 from .rows import check_columns, filled, split_off, without_labels
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict, IterableDatasetDict
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 
 @dataclass
@@ -52,6 +53,7 @@ class DataArguments:
         texts: dict[str, str] | None = None,
         labels: dict[str, list[str]] | None = None,
         trains: bool = True,
+        prepare: Callable[[Dataset], Dataset] | None = None,
     ) -> DatasetDict:
         """Return the data set with `train`, `validation` and perhaps `test`. Files win over a name.
 
@@ -63,6 +65,7 @@ class DataArguments:
             labels: the columns that must hold a label, by the flag that names them. A split that is drawn has each
                 class in the same share. The test data may lack them all, as data to predict.
             trains: whether there must be train and validation data; without, files may be given for a test alone.
+            prepare: changes the rows of each split, before a missing validation split is cut off.
 
         Raises:
             FileNotFoundError, ValueError: the data is missing, damaged, empty or lacks a column.
@@ -96,6 +99,9 @@ class DataArguments:
             check_columns(dataset, **texts)
         if "train" not in dataset and (trains or "validation" in dataset):
             raise ValueError("There is no train data, which tells what to prepare for: give --train_file too.")
+        if prepare is not None:
+            for split, rows in dataset.items():
+                dataset[split] = prepare(rows)
         if "train" in dataset and "validation" not in dataset:
             share = self.validation_split_percentage / 100
             if len(dataset["train"]) * share < 1:
