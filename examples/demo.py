@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     def example(script: Any, name: str, **flags: Any) -> dict[str, Any]:
         return run(script, args.smoke, output_dir=folders[name], seed=args.seed, **flags)
 
-    tiny = f",{run_clm.SMOKE['config_overrides']}" if args.smoke else ""
+    tiny = f",{scripts.recipes.TINY['config_overrides']}" if args.smoke else ""
 
     def unless_smoke(value: Any) -> Any:
         return None if args.smoke else value

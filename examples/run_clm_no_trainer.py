@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import run_clm
 import torch
@@ -58,9 +57,7 @@ class LoopArguments:
     hub_token: str | None = field(default=None, metadata={"help": "Access token with the right to write."})
 
 
-DATA = ("dataset_name", "muon_learning_rate")
-SIZES = ("block_size", "max_train_samples", "max_eval_samples", "per_device_train_batch_size", "config_overrides")
-SMOKE = {"output_dir": "runs/smoke/clm-no-trainer", "max_train_steps": 4, "checkpointing_steps": 2}
+RECIPE = scripts.recipes.OWN_LOOP
 
 
 def endless(loader: DataLoader, accelerator: Accelerator, done: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -86,9 +83,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerato
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, run_clm.TextArguments, LoopArguments)
-    defaults = {name: run_clm.DEFAULTS[name] for name in DATA}
-    smoke: dict[str, Any] = {**{name: run_clm.SMOKE[name] for name in SIZES}, **SMOKE}
-    model_args, text_args, args = scripts.parse(types, arguments, defaults, smoke)
+    model_args, text_args, args = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
     output = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
