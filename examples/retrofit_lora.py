@@ -87,9 +87,8 @@ def tiny(folder: Path, text_args: run_clm.TextArguments) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (OriginalArguments, run_clm.TextArguments, RetrofitArguments, LoraArguments, TrainingArguments)
-    model_args, text_args, retrofit_args, lora_args, training_args = scripts.parse(
-        types, arguments, RECIPE.training, RECIPE.smoke
-    )
+    parsed = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
+    model_args, text_args, retrofit_args, lora_args, training_args = parsed
     output = Path(training_args.output_dir)
     if not training_args.do_train:
         raise ValueError("This script trains, and compares with before: leave --do_train out.")
@@ -113,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         gradient_steps=retrofit_args.gradient_steps,
         **scripts.overrides(model_args.config_overrides),
     )
+    scripts.set_max_length(tokenizer, model)
     model = get_peft_model(model, lora_args.config(modules_to_save=["connection"]))
     model.print_trainable_parameters()
 

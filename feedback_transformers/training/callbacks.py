@@ -134,7 +134,7 @@ def with_steps(model: nn.Module, num_steps: int) -> Iterator[None]:
 
 
 def _names_of_steps(config: Any) -> list[str]:
-    """Return the fields with the number of passes and, where the code of a checkpoint has it, with the trained ones."""
+    """Return the fields with the number of passes and the trained ones, as far as a checkpoint's code has them."""
     name = "num_feedback_steps" if config.feedback_axis == "depth" else "solver_steps"
     return [name] + ["trained_feedback_steps"] * hasattr(config, "trained_feedback_steps")
 
