@@ -18,11 +18,11 @@ from typing import Any
 import finetune_lora
 import run_classification
 import run_clm
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
 from feedback_transformers import data, hub, visualize
 from feedback_transformers.training import scripts
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 THINKING = (1, 2, 3, 4, 6, 8, 12)  # feedback steps to evaluate at
 CONTROL = "feedback_signal=none"

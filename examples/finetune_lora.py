@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import run_clm
+from feedback_transformers.training import StopOnNonFinite, scripts
+
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
-
-from feedback_transformers.training import StopOnNonFinite, scripts
 
 RECIPE = scripts.recipes.LORA
 

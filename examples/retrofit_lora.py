@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 import run_clm
-import torch
+from feedback_transformers import data, retrofit
+from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, with_steps
 from finetune_lora import LoraArguments
+
+import torch
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -31,9 +34,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-
-from feedback_transformers import data, retrofit
-from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, with_steps
 
 RECIPE = scripts.recipes.RETROFIT
 

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from feedback_transformers import data
+from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
+
 import torch
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
@@ -27,9 +30,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-
-from feedback_transformers import data
-from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
 
 RECIPE = scripts.recipes.LANGUAGE_MODEL
 TOKENIZER_ROWS = 10_000  # of a stream, that a new tokenizer is made of

@@ -13,13 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import run_clm
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import default_data_collator, get_scheduler
-
 from feedback_transformers.training import (
     Sigterm,
     check_complete,
@@ -32,6 +26,12 @@ from feedback_transformers.training import (
     trained_with,
     with_steps,
 )
+
+import torch
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import default_data_collator, get_scheduler
 
 
 @dataclass

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from feedback_transformers import data, metrics
+from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
+
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction, Trainer, TrainingArguments, set_seed
-
-from feedback_transformers import data, metrics
-from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
 
 ARCHITECTURE = {
     "feedback_axis": "depth",

@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from feedback_transformers import FeedbackForImageClassification, metrics, visualize
+from feedback_transformers.training import StopOnNonFinite, scripts
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -26,9 +29,6 @@ from transformers import (
     set_seed,
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-
-from feedback_transformers import FeedbackForImageClassification, metrics, visualize
-from feedback_transformers.training import StopOnNonFinite, scripts
 
 ARCHITECTURE = {
     "feedback_axis": "depth",

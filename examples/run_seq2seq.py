@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from feedback_transformers import data, metrics
+from feedback_transformers.training import StopOnNonFinite, scripts
+
 import numpy as np
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -24,9 +27,6 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
-
-from feedback_transformers import data, metrics
-from feedback_transformers.training import StopOnNonFinite, scripts
 
 RECIPE = scripts.recipes.SEQ2SEQ
 

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from feedback_transformers import data
+from feedback_transformers.training import StopOnNonFinite, scripts
+
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import SFTConfig, SFTTrainer
-
-from feedback_transformers import data
-from feedback_transformers.training import StopOnNonFinite, scripts
 
 RECIPE = scripts.recipes.CHATS
 # Each message is a line that begins with its role. What stands between the generation tags is learned.
