@@ -97,7 +97,7 @@ class ModelTester:
 
     def __init__(self, parent: unittest.TestCase) -> None:
         self.parent = parent
-        self.causal_lm_class = parent.all_model_classes[1]
+        self.base_model_class, self.causal_lm_class = parent.all_model_classes[:2]
         if self.causal_lm_class is FeedbackForCausalLM:  # the embeddings, e, h of each pass, and y
             self.expected_num_hidden_layers = 3 + (parent.make_config().num_feedback_steps or 1)
 
