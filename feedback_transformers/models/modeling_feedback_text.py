@@ -58,8 +58,8 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
         """Return logits [B, T, V], or those of the last `logits_to_keep` positions, and the loss.
 
         labels [B, T] are shifted here, and -100 is left out. So is the first token of a text, wherever padding stands:
-        the loss does not depend on the side. See `targets_of_texts` for a batch in several parts. Trainer's label
-        smoothing takes its loss outside of the model: pad on the right there, or label the first token -100.
+        the loss does not depend on the side. For a batch in several parts, and for Trainer's label smoothing, which
+        takes its loss outside of the model, pad on the right or use training.DataCollatorForLeftPadding.
 
         Args:
             kwargs: `shift_labels` [B, T], labels that are shifted already, and `ignore_index`, -100 where left out.
