@@ -10,7 +10,6 @@ from datasets import Dataset
 from test_heads import HEADS, each_head, inputs_of
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
@@ -30,7 +29,11 @@ from feedback_transformers import (
     retrofit,
 )
 
-BERTS = [BertForSequenceClassification, BertForTokenClassification, BertForQuestionAnswering, BertForMaskedLM]
+BERTS = {
+    BertForSequenceClassification: FeedbackForSequenceClassification,
+    BertForTokenClassification: FeedbackForTokenClassification,
+    BertForQuestionAnswering: FeedbackForQuestionAnswering,
+}
 ROWS, COLUMNS = 4, 8
 
 
@@ -55,8 +58,17 @@ def test_trainer_keeps_the_columns_of_a_pair_of_texts(head, tmp_path):
     """A fresh retrofit computes what BERT does, under Trainer too, which drops what `forward` does not name."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    bert = head(BertConfig(**sizes, num_hidden_layers=3, num_labels=3, initializer_range=0.5)).eval()
-    looped, columns = retrofit(bert, 1, 1), pairs_of_texts(head)
+    sizes["num_labels"] = 2 if head is BertForQuestionAnswering else 3
+    bert = head(BertConfig(**sizes, num_hidden_layers=3, initializer_range=0.5)).eval()
+    if head is BertForSequenceClassification:
+        looped = retrofit(bert, 1, 1)
+    else:  # a head of ours on the retrofitted base
+        base = retrofit(bert.bert, 1, 1)
+        looped = BERTS[head](base.config).eval()
+        looped.model = base
+        name = "qa_outputs" if head is BertForQuestionAnswering else "classifier"
+        getattr(looped, name).load_state_dict(getattr(bert, name).state_dict())
+    columns = pairs_of_texts(head)
     pairs = Dataset.from_dict({name: column.tolist() for name, column in columns.items()})
     expected = Trainer(bert, arguments(tmp_path)).predict(pairs).predictions
     actual = Trainer(looped, arguments(tmp_path)).predict(pairs).predictions

@@ -151,8 +151,7 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         Without a mask, `pad_token_id` tells the padding. A retrofitted decoder does as its original: it reads at the
         last token that is not `pad_token_id`, whatever the mask says, and masks nothing where there is no mask.
         """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        self.set_problem_type(labels, 0 if given is None else len(given))
+        self.set_problem_type(labels, input_ids if inputs_embeds is None else inputs_embeds)
         mask = attention_mask
         pad, as_original = self.config.pad_token_id, self.config.retrofitted_from and self.config.is_causal
         if input_ids is not None and pad is not None and (mask is None or as_original):
