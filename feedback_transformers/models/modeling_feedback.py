@@ -296,13 +296,15 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def predict(self, y: Tensor) -> Tensor:
         """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
-        if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
-            by_output = self.config.feedback_signal == "output"
-            asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
-            raise ValueError(
-                f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
-            )
+        if not self.config.tie_word_embeddings:
+            raise ValueError(self.needs_a_head())
         return multiply(y, self.token_table(y).transpose(-1, -2))
+
+    def needs_a_head(self) -> str:
+        """Return the sentence that refuses a prediction which this model, without a head, does not make."""
+        by_output = self.config.feedback_signal == "output"
+        asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
+        return f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
 
     def token_table(self, rows: Tensor) -> Tensor:
         """Return the embeddings of all tokens [V, D], or [B, V, D] where each row of the batch has its own adapter.
@@ -310,6 +312,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         The table is read through its module, so that adapters and hooks count. PEFT chooses the adapter of each row
         by hooks that add an argument to the call.
         """
+        if self.config.embedding_type != "tokens":
+            raise ValueError(self.needs_a_head())
         embed = self.get_input_embeddings()
         by_row = any(module._forward_pre_hooks_with_kwargs for module in embed.modules())
         ids = torch.arange(self.config.vocab_size, device=rows.device)[None]
