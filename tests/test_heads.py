@@ -348,6 +348,8 @@ def test_outputs_of_a_source():
     assert torch.equal(outputs.encoder_hidden_states[-1], outputs.encoder_last_hidden_state)
     assert_close(outputs.encoder_hidden_states[0][mask.bool()], model.get_input_embeddings()(source)[mask.bool()])
     assert len(outputs.decoder_hidden_states) == 2 + 3 + 1
+    with pytest.warns(FutureWarning, match="Read decoder_hidden_states"):  # the name in 0.1.0
+        assert outputs.hidden_states is outputs.decoder_hidden_states
     again = model(encoder_outputs=(outputs.encoder_last_hidden_state,), attention_mask=mask, decoder_input_ids=target)
     assert_close(again.logits, outputs.logits, 1e-6)
     assert again.encoder_hidden_states is None
