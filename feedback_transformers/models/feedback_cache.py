@@ -102,7 +102,8 @@ class FeedbackCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
-            "A feedback cache can't be cropped, since its states hold no history; generate without assisted decoding."
+            "A feedback cache can't be cropped, since its states keep no history: leave past_key_values out and read "
+            "the shorter text anew, or keep a copy.deepcopy of the cache from before."
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -5,33 +5,26 @@ Shapes: B batch, T positions, P positions in the cache, C channels, D hidden siz
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
-from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_backbones import BACKBONES, base_class, initialize
+from .feedback_backbones import BACKBONES, attention_of, base_class
 from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
-from .feedback_files import check_sums, drop_sums, sha256, write_sums
 from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
+from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -67,23 +60,10 @@ class FeedbackModelOutput(ModelOutput):
     halting_loss: Tensor | None = None
 
 
-def check_download(folder: Path) -> int:
-    """Compares the weights in a snapshot of the Hub's cache with the SHA-256 that they are called by; their number.
-
-    huggingface_hub compares the size only. Where the cache has no symbolic links there is no name to compare with.
-    """
-    links = {file: os.path.basename(os.readlink(file)) for file in folder.glob("*.safetensors") if file.is_symlink()}
-    blobs = {file: announced for file, announced in links.items() if len(announced) == 64}  # a shorter name is git's
-    for file, announced in blobs.items():
-        if sha256(file) != announced:
-            raise OSError(
-                f"{file} is not what the Hub announced, its SHA-256 is another one: download it again with "
-                "force_download=True."
-            )
-    return len(blobs)
-
-
-PACKED = "Several texts in one row would read each other: give each a row of its own, with padding."
+PACKED = (
+    "Several texts in one row would read each other: give each a row of its own, with padding; in TRL set "
+    "packing=False and padding_free=False."
+)
 
 
 def refuse_arguments(others: dict[str, Any]) -> None:
@@ -95,113 +75,6 @@ def refuse_arguments(others: dict[str, Any]) -> None:
             raise ValueError(f"{name}: {PACKED}")
 
 
-# What may be added to the body of a trained model, and so begins new; a head is outside of the body.
-ADDED = ("loop.halting.", "loop.cross_attention.")
-
-
-def check_whole(model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Refuses a body with holes, which transformers would fill with random numbers and a warning."""
-    body = "" if isinstance(model, FeedbackModel) else f"{model.base_model_prefix}."
-    holes = sorted(key for key in missing if key.startswith(body) and not key.removeprefix(body).startswith(ADDED))
-    if holes:
-        raise ValueError(
-            f"The checkpoint lacks {len(holes)} weights of the model, such as {holes[0]}: copy it again; if it is of "
-            "another kind of model, make a feedback model of that with feedback_transformers.retrofit; or give "
-            "ignore_mismatched_sizes=True, to begin with random ones."
-        )
-
-
-class FeedbackPreTrainedModel(PreTrainedModel):
-    config: FeedbackConfig
-    config_class = FeedbackConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["FeedbackLoop"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    # Weights of checkpoints of 0.1.0 that have other names now. PEFT knows tied embeddings by the name `embed_tokens`.
-    renamed: ClassVar[dict[str, str]] = {r"embeddings\.tokens\.": "embeddings.embed_tokens."}
-    sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, from safetensors alone: a pickle could run code.
-
-        Refused are weights that are not what was saved (SHA256SUMS), or what the Hub announced; and a checkpoint that
-        lacks weights of the body, unless `ignore_mismatched_sizes=True` says that they may be new, as those of a head.
-        """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError(
-                "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
-            )
-        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        if folder.is_dir():
-            check_sums(folder)
-        kwargs["key_mapping"] = FeedbackPreTrainedModel.renamed | cls.renamed | (kwargs.get("key_mapping") or {})
-        wanted = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if not kwargs.get("ignore_mismatched_sizes"):
-            check_whole(model, info["missing_keys"])
-        config = model.config
-        revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")
-        path = f"{kwargs.get('subfolder', '')}/{CONFIG_NAME}".lstrip("/")
-        if not Path(name := str(config.name_or_path)).is_dir():
-            found = try_to_load_from_cache(name, path, kwargs.get("cache_dir"), revision)
-            if isinstance(found, str):
-                check_download(Path(found).parent)
-        return (model, info) if wanted else model
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; SHA256SUMS notes the weights, so that damage to them is seen."""
-        if is_main_process:
-            drop_sums(save_directory)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            write_sums(save_directory)
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """What push_to_hub uploads; with a card where this is the package, rather than a checkpoint's copy of it."""
-        write_sums(working_dir)
-        if __name__.startswith("feedback_transformers."):
-            import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # the borrowed layers ask the interface of their config, which is a sub-config of ours
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if type(module).__module__.startswith("transformers.models."):
-            initialize(self.config.backbone_config, module)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, Conv1D):  # of GPT-2 layers, which the default leaves out
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif hasattr(module, "init_parameters"):  # our modules with parameters of their own
-            module.init_parameters()
-
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """The loop checkpoints whole passes, so layers that keep a memory within it, which they would drop, do not."""
-        checkpoint = kwargs.get("gradient_checkpointing_func")
-        if enable and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-            raise ValueError("A feedback loop can't be checkpointed with use_reentrant=True: set it to False.")
-        super()._set_gradient_checkpointing(enable, **kwargs)
-        for model in (module for module in self.modules() if isinstance(module, FeedbackModel)):
-            parts = [model.loop.cell]
-            if (
-                self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
-            ):  # it decodes as it goes
-                parts.append(model.encoder if model.decoder is None else model.decoder)
-            for layer in (layer for part in parts for layer in part.modules()):
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing = False
-
-
 class FeedbackModel(FeedbackPreTrainedModel):
     """embeddings -> encoder -> loop (connection, cell) and decoder -> y [B, T, D]."""
 
@@ -209,8 +82,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         super().__init__(config)
         config.validate_architecture()  # fields may have been set since it was made
         retrofitted = config.retrofitted_from is not None
-        softcapped = retrofitted and not base_class(config.backbone_config)._supports_sdpa
-        config.backbone_config._attn_implementation = "eager" if softcapped else config._attn_implementation
+        config.backbone_config._attn_implementation = attention_of(config, config._attn_implementation)
         self.embeddings = EMBEDDINGS[config.embedding_type](config)
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
         self.positions: nn.Module | None = None
