@@ -16,6 +16,11 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 Slot = tuple[str | int, ...]
 
 
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 where it has that: the precision of states and of probabilities to stop."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class FeedbackCache(Cache):
     """Keys and values by slot (part, step, layer), recurrent states by slot, and the bookkeeping of padding.
 

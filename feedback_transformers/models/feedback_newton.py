@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 from transformers.utils import logging
 
+from .feedback_cache import wide
 from .feedback_scan import GRU, LSTM, DiagonalGRU, GRUState, MinGRU, last, linear_scan, scan
 
 logger = logging.get_logger(__name__)
@@ -37,7 +38,7 @@ def newton(
     """
     if not isinstance(cell, (DiagonalGRU, MinGRU)):
         raise ValueError("Newton's method needs a recurrence of single channels: use diagonal_gru or min_gru.")
-    gates = cell.input_proj(x).float()
+    gates = wide(cell.input_proj(x))
     solved = solve(cell, gates.detach(), state.h.detach(), mask, tolerance, max_iterations)
     if solved is None:
         logger.warning_once(
@@ -108,8 +109,12 @@ class ImplicitGradient(Function):
         return h.view_as(h)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Second derivatives don't go through solver='newton': set config.solver='sequential', which computes "
+                "the same."
+            )
         (jacobian,) = ctx.saved_tensors
         end = torch.zeros_like(grad[:, 0])
         return linear_scan(torch.cat([jacobian[:, 1:], end[:, None]], dim=1), grad, end, reverse=True), None
