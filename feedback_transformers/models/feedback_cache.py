@@ -5,6 +5,7 @@ Shapes: B batch, T positions of this call, P positions before it, D hidden size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,25 @@ Slot = tuple[str | int, ...]
 def wide(x: Tensor) -> Tensor:
     """Return x in float32, or in float64 where it has that: the precision of states and of probabilities to stop."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rewinder(*caches: Cache | None) -> Callable[[], None]:
+    """Return a function that takes caches back to what they hold now, so that a recomputed step finds the same."""
+
+    def copied(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: [copy.copy(item) for item in value] if isinstance(value, list) else copy.copy(value)
+            for name, value in values.items()
+            if isinstance(value, (list, dict))
+        }
+
+    held = [(vars(cache), copied(vars(cache))) for cache in caches if cache is not None]
+
+    def rewind() -> None:
+        for now, then in held:
+            now.update(copied(then))
+
+    return rewind
 
 
 class FeedbackCache(Cache):
@@ -233,6 +253,11 @@ class Context:
         """Leaves `state` for the next call at this slot."""
         if self.cache is not None:
             self.cache.states[self.slot] = state
+
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function that undoes what is written to the caches from now on."""
+        source = self.cross_attention
+        return rewinder(self.cache, source, None if source is None else source.cross_attention_cache)
 
     @property
     def lengths(self) -> Tensor | None:

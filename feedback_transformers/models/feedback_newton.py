@@ -90,7 +90,8 @@ def one_step(cell: GRU, gates: Tensor, previous: Tensor, mask: Tensor | None) ->
 
 def linearize(cell: GRU, gates: Tensor, previous: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """F and the diagonal of its Jacobian, each [B, T, D]: the sum's gradient, as no entry depends on another's."""
-    with torch.enable_grad():
+    own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # checkpointing would recompute for it
+    with torch.enable_grad(), own:
         previous = previous.detach().requires_grad_()
         h = one_step(cell, gates, previous, mask)
         (jacobian,) = torch.autograd.grad(h.sum(), previous)

@@ -22,6 +22,7 @@ from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
+from .feedback_layers import TransformerStack
 from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
 from .feedback_pretrained import FeedbackPreTrainedModel
@@ -147,7 +148,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def encode(self, embedded: Tensor, context: Context) -> Tensor:
         """e [B, T, D]"""
-        return self.encoder(embedded, context.for_part("encoder"))
+        return self.run_stack(self.encoder, embedded, context.for_part("encoder"))
 
     def encode_source(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
@@ -164,7 +165,14 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def decode(self, h: Tensor, context: Context) -> Tensor:
         """y = g(h), [B, T, D]"""
         decoder = self.encoder if self.decoder is None else self.decoder
-        return self.norm(decoder(h, context))
+        in_loop = self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
+        return self.norm(decoder(h, context) if in_loop else self.run_stack(decoder, h, context))
+
+    def run_stack(self, stack: nn.Module, x: Tensor, context: Context) -> Tensor:
+        """Run a stack, and recompute it under gradient checkpointing, as transformer layers do themselves."""
+        if isinstance(stack, TransformerStack):
+            return stack(x, context)
+        return self.loop.checkpoint(stack, context, x, context)
 
     def predict(self, y: Tensor) -> Tensor:
         """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
