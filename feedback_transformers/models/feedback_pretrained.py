@@ -94,12 +94,13 @@ class FeedbackPreTrainedModel(PreTrainedModel):
 
     def restore_generation_config(self, folder: Path) -> None:
         """Read `num_feedback_steps` from the saved generation config, where transformers drops it in loading."""
-        self.generation_config._from_model_config = False
+        config: Any = self.generation_config
+        config._from_model_config = False
         file = folder / GENERATION_CONFIG_NAME
         if file.is_file():
             saved = json.loads(file.read_text(encoding="utf-8"))
             if saved.get("num_feedback_steps") is not None:
-                self.generation_config.num_feedback_steps = saved["num_feedback_steps"]
+                config.num_feedback_steps = saved["num_feedback_steps"]
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """Save the model as in transformers, remove the weights that it replaces, and write SHA256SUMS."""
