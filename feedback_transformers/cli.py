@@ -20,7 +20,8 @@ from transformers import AutoConfig
 
 from . import hub
 from .models.configuration_feedback import AUTO_MAP, MODELING, FeedbackConfig
-from .models.modeling_feedback import FeedbackPreTrainedModel, check_download
+from .models.feedback_files import check_download
+from .models.modeling_feedback import FeedbackPreTrainedModel
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

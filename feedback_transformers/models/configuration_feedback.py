@@ -131,6 +131,10 @@ class FeedbackConfig(PreTrainedConfig):
         "hidden_states",
         "feedback_states",
         "num_feedback_steps",
+        "pooling_mask",
+        "decoder_hidden_states",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
     ]
     attribute_map: ClassVar[dict] = {"num_hidden_layers": "num_feedback_layers"}
 

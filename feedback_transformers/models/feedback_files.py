@@ -6,6 +6,7 @@ safetensors has no checksum of its own: a bit that flipped on a disk or in a cop
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 SUMS = "SHA256SUMS"
@@ -46,3 +47,19 @@ def check_sums(folder: str | Path) -> None:
                 f"{file} is not the file that was saved, its SHA-256 is not the one in {SUMS}: copy it again, or "
                 f"delete {SUMS} if you changed it on purpose."
             )
+
+
+def check_download(folder: Path) -> int:
+    """Compare the weights in a snapshot of the Hub's cache with the SHA-256 that they are named by, and count them.
+
+    huggingface_hub compares the size only. A cache without symbolic links has no name to compare with.
+    """
+    links = {file: os.path.basename(os.readlink(file)) for file in folder.glob("*.safetensors") if file.is_symlink()}
+    blobs = {file: announced for file, announced in links.items() if len(announced) == 64}  # a shorter name is git's
+    for file, announced in blobs.items():
+        if sha256(file) != announced:
+            raise OSError(
+                f"{file} is not what the Hub announced, its SHA-256 is another one: download it again with "
+                "force_download=True."
+            )
+    return len(blobs)

@@ -5,7 +5,6 @@ Shapes: B batch, T positions, P positions in the cache, C channels, D hidden siz
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -21,15 +20,16 @@ from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, ModelOutput, can_return_tuple
+from transformers.utils import CONFIG_NAME, ModelOutput
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_arguments import PACKED, check_positions, check_types, named_arguments
 from .feedback_backbones import BACKBONES, base_class, initialize
 from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
-from .feedback_files import check_sums, drop_sums, sha256, write_sums
+from .feedback_files import check_download, check_sums, drop_sums, write_sums
 from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
 from .feedback_rules import check_windows
@@ -67,41 +67,16 @@ class FeedbackModelOutput(ModelOutput):
     halting_loss: Tensor | None = None
 
 
-def check_download(folder: Path) -> int:
-    """Compares the weights in a snapshot of the Hub's cache with the SHA-256 that they are called by; their number.
-
-    huggingface_hub compares the size only. Where the cache has no symbolic links there is no name to compare with.
-    """
-    links = {file: os.path.basename(os.readlink(file)) for file in folder.glob("*.safetensors") if file.is_symlink()}
-    blobs = {file: announced for file, announced in links.items() if len(announced) == 64}  # a shorter name is git's
-    for file, announced in blobs.items():
-        if sha256(file) != announced:
-            raise OSError(
-                f"{file} is not what the Hub announced, its SHA-256 is another one: download it again with "
-                "force_download=True."
-            )
-    return len(blobs)
-
-
-PACKED = "Several texts in one row would read each other: give each a row of its own, with padding."
-
-
-def refuse_arguments(others: dict[str, Any]) -> None:
-    """Of a call, that would change nothing."""
-    if others.get("output_attentions"):
-        raise ValueError("Attention weights are not returned: leave output_attentions out.")
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
-        if others.get(name) is not None:
-            raise ValueError(f"{name}: {PACKED}")
-
-
 # What may be added to the body of a trained model, and so begins new; a head is outside of the body.
 ADDED = ("loop.halting.", "loop.cross_attention.")
 
 
 def check_whole(model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Refuses a body with holes, which transformers would fill with random numbers and a warning."""
+    """Reject a body with holes, which transformers would fill with random numbers and a warning."""
     body = "" if isinstance(model, FeedbackModel) else f"{model.base_model_prefix}."
+    tied = model.all_tied_weights_keys
+    tied = tied | {source: target for target, source in tied.items()}
+    missing = {key for key in missing if key not in tied or tied[key] in missing}
     holes = sorted(key for key in missing if key.startswith(body) and not key.removeprefix(body).startswith(ADDED))
     if holes:
         raise ValueError(
@@ -109,6 +84,11 @@ def check_whole(model: PreTrainedModel, missing: Iterable[str]) -> None:
             "another kind of model, make a feedback model of that with feedback_transformers.retrofit; or give "
             "ignore_mismatched_sizes=True, to begin with random ones."
         )
+
+
+def multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return x [B, T, N] times `matrix` [N, M], the same for all rows, or [B, N, M], one for each. [B, T, M]"""
+    return nn.functional.linear(x, matrix.t()) if matrix.ndim == 2 else x @ matrix
 
 
 class FeedbackPreTrainedModel(PreTrainedModel):
@@ -124,6 +104,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
     # Weights of checkpoints of 0.1.0 that have other names now. PEFT knows tied embeddings by the name `embed_tokens`.
     renamed: ClassVar[dict[str, str]] = {r"embeddings\.tokens\.": "embeddings.embed_tokens."}
     sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
+    loss_arguments: ClassVar[tuple[str, ...]] = ()  # what `forward(**kwargs)` takes beyond its signature
+    unread: ClassVar[dict[str, str]] = {}  # arguments of other models that this one rejects, and what to do instead
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -140,19 +122,23 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         if folder.is_dir():
             check_sums(folder)
         kwargs["key_mapping"] = FeedbackPreTrainedModel.renamed | cls.renamed | (kwargs.get("key_mapping") or {})
-        wanted = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if not kwargs.get("ignore_mismatched_sizes"):
-            check_whole(model, info["missing_keys"])
-        config = model.config
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
         revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")
         path = f"{kwargs.get('subfolder', '')}/{CONFIG_NAME}".lstrip("/")
         if not Path(name := str(config.name_or_path)).is_dir():
             found = try_to_load_from_cache(name, path, kwargs.get("cache_dir"), revision)
             if isinstance(found, str):
                 check_download(Path(found).parent)
-        return (model, info) if wanted else model
+        return loaded
+
+    @staticmethod
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        """Reject a body with holes before transformers lists them, each in a line of its own."""
+        if not load_config.ignore_mismatched_sizes:
+            model.mark_tied_weights_as_initialized(loading_info)  # which also takes shared modules off the list
+            check_whole(model, loading_info.missing_keys)
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """As in transformers; SHA256SUMS notes the weights, so that damage to them is seen."""
@@ -256,13 +242,24 @@ class FeedbackModel(FeedbackPreTrainedModel):
             cast(Any, stack).take_over(layers[first : first + size], part(family.rotary), first)
             first += size
 
+    @property
+    def input_name(self) -> str:
+        """Name of the module in `embeddings` that maps the raw input to embeddings."""
+        return "embed_tokens" if self.config.embedding_type == "tokens" else "projection"
+
     def get_input_embeddings(self) -> nn.Module:
-        if self.config.embedding_type != "tokens":
-            raise NotImplementedError(f"A model of {self.config.embedding_type} has no token embeddings.")
-        return cast(nn.Module, self.embeddings.embed_tokens)
+        """Return the embeddings of tokens, or the projection of patches or values."""
+        return cast(nn.Module, getattr(self.embeddings, self.input_name))
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.embed_tokens = value
+        """Replace what `get_input_embeddings` returns."""
+        setattr(self.embeddings, self.input_name, value)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the embeddings of tokens, as in transformers; reject a model that has none."""
+        if self.config.embedding_type != "tokens":
+            raise ValueError(f"A model of {self.config.embedding_type} has no vocabulary that could be resized.")
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def place(self, embedded: Tensor, context: Context, token_type_ids: Tensor | None) -> Tensor:
         """Adds what the embeddings of tokens don't say: learned positions and types. [B, T, D] -> [B, T, D]"""
@@ -279,15 +276,18 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def encode_source(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
-    ) -> Tensor:
-        """The source [B, S] or [B, S, D] of a sequence-to-sequence model -> its states [B, S, D], in that order."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the embeddings and the states of the source of a sequence-to-sequence model, each [B, S, D].
+
+        The source is input_ids [B, S] or inputs_embeds [B, S, D].
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give the source as input_ids or as inputs_embeds.")
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         context, order = self.make_context(embedded, attention_mask, None, None)
         embedded = self.place(gather(embedded, order), context, None)
         context.key_mask = context.mask
-        return scatter(self.encode(embedded, context), order)
+        return scatter(embedded, order), scatter(self.encode(embedded, context), order)
 
     def decode(self, h: Tensor, context: Context) -> Tensor:
         """y = g(h), [B, T, D]"""
@@ -296,26 +296,37 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def predict(self, y: Tensor) -> Tensor:
         """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
-        if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
-            by_output = self.config.feedback_signal == "output"
-            asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
-            raise ValueError(
-                f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
-            )
-        return nn.functional.linear(y, self.token_table(y.device).t())
+        if not self.config.tie_word_embeddings:
+            raise ValueError(self.needs_a_head())
+        return multiply(y, self.token_table(y).transpose(-1, -2))
 
-    def token_table(self, device: torch.device) -> Tensor:
-        """E [D, V], read through its module, so that adapters and hooks count."""
-        return self.get_input_embeddings()(torch.arange(self.config.vocab_size, device=device)[None])[0].t()
+    def needs_a_head(self) -> str:
+        """Return the sentence that refuses a prediction which this model, without a head, does not make."""
+        by_output = self.config.feedback_signal == "output"
+        asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
+        return f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
 
-    def feed_tokens(self, predict: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-        """y -> softmax(logits) E, the prediction fed back; E is read once for all steps."""
+    def token_table(self, rows: Tensor) -> Tensor:
+        """Return the embeddings of all tokens [V, D], or [B, V, D] where each row of the batch has its own adapter.
+
+        The table is read through its module, so that adapters and hooks count. PEFT chooses the adapter of each row
+        by hooks that add an argument to the call.
+        """
+        if self.config.embedding_type != "tokens":
+            raise ValueError(self.needs_a_head())
+        embed = self.get_input_embeddings()
+        by_row = any(module._forward_pre_hooks_with_kwargs for module in embed.modules())
+        ids = torch.arange(self.config.vocab_size, device=rows.device)[None]
+        return embed(ids.expand(len(rows), -1)) if by_row else embed(ids)[0]
+
+    def feed_tokens(self, predict: Callable[[Tensor], Tensor], rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the map y -> softmax(logits) E, the prediction fed back; the table E is read once for all steps."""
         if self.config.feedback_signal != "output":
             return predict  # nothing will be fed back
-        table = self.token_table(device)
-        return lambda y: nn.functional.linear(predict(y).softmax(-1), table)
+        table = self.token_table(rows)
+        return lambda y: multiply(predict(y).softmax(-1), table)
 
-    @can_return_tuple
+    @named_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -334,17 +345,23 @@ class FeedbackModel(FeedbackPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
-        **kwargs: Any,
     ) -> FeedbackModelOutput:
-        """
+        """Compute y [B, T, D].
+
         Args:
             input_ids / inputs_embeds / pixel_values / past_values: exactly one: [B, T], [B, T, D], [B, C, H, W] or
                 [B, T, C].
             attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
+            position_ids: [B, T] or [1, T]; counted from the mask where left out.
+            encoder_hidden_states: [B, S, D], the encoded source of a sequence-to-sequence model.
+            encoder_attention_mask: [B, S].
             token_type_ids: [B, T], of a retrofitted model that has types of tokens.
             num_feedback_steps: passes of this call instead of the config's (depth axis, or solvers that make passes).
             predict: a head's map from y to its logits.
             embed_output: a head's map from y to its prediction, embedded; without it that of tokens.
+
+        Raises:
+            ValueError: an argument is unknown, or its shape does not fit the input.
         """
         given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
         if len(given) != 1:
@@ -354,14 +371,16 @@ class FeedbackModel(FeedbackPreTrainedModel):
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
-        refuse_arguments({"output_attentions": self.config.output_attentions, **kwargs})
         cache = self.make_cache(past_key_values, use_cache)
         context, order = self.make_context(embedded, attention_mask, position_ids, cache)
         if encoder_hidden_states is not None:
+            source = encoder_hidden_states.shape[1]
+            check_positions("encoder_attention_mask", encoder_attention_mask, len(encoder_hidden_states), (source,))
             context.source, context.source_mask = encoder_hidden_states, encoder_attention_mask
             context.cross_attention = EncoderDecoderCache(DynamicCache(), DynamicCache())
             if cache is not None:
                 cache.cross_attention = context.cross_attention = cache.cross_attention or context.cross_attention
+        check_types(token_type_ids, embedded, self.token_types is not None)
         kinds = None if token_type_ids is None or order is None else token_type_ids.gather(1, order)
         embedded = self.place(gather(embedded, order), context, token_type_ids if order is None else kinds)
         e = embedded if self.config.is_encoder_decoder else self.encode(embedded, context)
@@ -371,7 +390,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         every_step = bool(output_feedback_states or output_hidden_states)
         self.check_steps(cache, num_feedback_steps, every_step)
         predict = predict or self.predict
-        readout = Readout(self.decode, embed_output or self.feed_tokens(predict, embedded.device), predict)
+        readout = Readout(self.decode, embed_output or self.feed_tokens(predict, embedded), predict)
         looped = self.loop(e, context, readout, num_feedback_steps, every_step)
         if cache is not None:
             cache.advance(context, keep_mask=self.config.has_attention)
@@ -413,7 +432,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self.check_shapes(embedded, position_ids, cache)
         batch, length, _ = embedded.shape
         offset = 0 if cache is None else cache.length
-        mask, order = first_real(attention_mask, batch, length)
+        check_positions("attention_mask", attention_mask, batch, (length, offset + length))
+        mask, order = first_real(attention_mask, length)
         columns = torch.arange(length, device=embedded.device)
         count = columns.new_zeros(batch) if cache is None or cache.count is None else cache.count
         if position_ids is None:
@@ -422,7 +442,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             position_ids = position_ids.expand(batch, length) - self.first_position
             position_ids = position_ids if order is None else position_ids.gather(1, order)
             position_ids = position_ids if mask is None else position_ids.masked_fill(~mask, 0)
-            self.check_positions(position_ids, mask)
+            self.check_order(position_ids, mask)
         key_mask = None
         if not self.config.is_causal:
             key_mask = mask
@@ -438,7 +458,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError(
                 f"inputs_embeds are {size} wide; this model takes {self.config.hidden_size}, its hidden_size."
             )
-        if position_ids is not None and position_ids.shape[-1] != length:
+        if position_ids is not None and tuple(position_ids.shape) not in {(batch, length), (1, length)}:
             raise ValueError(
                 f"position_ids have the shape {[*position_ids.shape]} and the input {[batch, length]}: give a place "
                 "for each position."
@@ -453,12 +473,18 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError("The input is empty: give at least one position.")
         longest = self.config.max_position_embeddings - self.first_position
         if self.config.has_attention and offset + length > longest:
-            long = f"{offset + length} positions are more than max_position_embeddings ({longest})"
             if self.positions is not None:
-                raise ValueError(f"{long}: shorten the input, or build a model with more.")
-            logger.warning_once(f"{long}, which this model was not made for; rotary positions go on.")
+                raise ValueError(
+                    f"{offset + length} positions are more than max_position_embeddings ({longest}): shorten the "
+                    "input, or build a model with more."
+                )
+            # The sentence holds no number that grows, as warning_once shows each sentence once.
+            logger.warning_once(
+                f"A text is longer than max_position_embeddings ({longest}), which this model was not made for; "
+                "rotary positions go on."
+            )
 
-    def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
+    def check_order(self, position_ids: Tensor, mask: Tensor | None) -> None:
         """Real positions [B, T] rise, as texts that are packed into one row don't: they would read each other."""
         if torch.compiler.is_compiling() or (position_ids.shape[1] == 1 and self.positions is None):
             return

@@ -5,9 +5,10 @@ Flags are named as in the example scripts of transformers.
 
 from .arguments import TRAINING, ModelArguments, command, overrides, parse
 from .data_files import DataArguments
-from .labels import check_columns, with_classes
+from .labels import with_classes
 from .passes import drawn_passes, measure_passes, print_passes, steps_to_draw
 from .results import fit, publish, publish_model, record, train, whole
+from .rows import check_columns
 
 __all__ = [
     "TRAINING",

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ... import data
+from .files import read_files
+from .rows import check_columns, filled, split_off
 
 if TYPE_CHECKING:
     from datasets import DatasetDict, IterableDatasetDict
-
-BUILDERS = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json"}  # by the ending of a file
 
 
 @dataclass
@@ -23,28 +23,55 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration on the Hub."})
     train_file: str | None = field(
         default=None,
-        metadata={"help": "Your own data: txt, csv, tsv, json or jsonl; or a folder with one of images per class."},
+        metadata={
+            "help": "Your own data: a file (txt, csv, tsv, json or jsonl), a folder of such files, a pattern such as "
+            "'texts/*.txt', or a folder with a folder of images for each class."
+        },
     )
     validation_file: str | None = field(default=None, metadata={"help": "As train_file; else a part of that is used."})
     test_file: str | None = field(default=None, metadata={"help": "As train_file."})
     validation_split_percentage: int = field(
         default=10, metadata={"help": "How much of train is kept for validation where there is none."}
     )
+    drop_empty_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows without a text or a label, and say how many; else they stop."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on so many examples only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on so many examples only."})
     smoke: bool = field(default=False, metadata={"help": "A run of seconds, to see that everything works."})
 
-    def load(self, shuffle: bool = True) -> DatasetDict:
-        """The data set, with `train`, `validation` and perhaps `test`; files win over a name.
+    @property
+    def files(self) -> dict[str, str]:
+        """The files that were given, by the name of their split."""
+        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return {split: name for split, name in given.items() if name is not None}
 
-        `shuffle`: whether a missing validation split is drawn at random, or is the end of train (texts, series).
+    def load(
+        self,
+        shuffle: bool = True,
+        texts: dict[str, str] | None = None,
+        labels: dict[str, list[str]] | None = None,
+        trains: bool = True,
+    ) -> DatasetDict:
+        """Return the data set with `train`, `validation` and perhaps `test`. Files win over a name.
+
+        Rows without a text or a label are refused with the lines of their file, or dropped with --drop_empty_rows.
+
+        Args:
+            shuffle: draw a missing validation split at random; otherwise it is the end of train, as for a series.
+            texts: the columns that must hold a text, by the flag that names each.
+            labels: the columns that must hold a label, by the flag that names them. A split that is drawn has each
+                class in the same share. The test data may lack them all, as data to predict.
+            trains: whether there must be train and validation data; without, files may be given for a test alone.
+
+        Raises:
+            FileNotFoundError, ValueError: the data is missing, damaged, empty or lacks a column.
         """
         from datasets import load_dataset
 
-        given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        files = {split: name for split, name in given.items() if name is not None}
+        files = self.files
         if files:
-            dataset = _load_files(files)
+            dataset = read_files(files, words=texts is not None)
         elif self.dataset_name is None:
             raise ValueError("There is no data: give --dataset_name or --train_file.")
         elif self.dataset_name in data.DATASETS:
@@ -55,27 +82,45 @@ class DataArguments:
         for split, rows in dataset.items():
             if len(rows) == 0:
                 raise ValueError(f"The {split} data of {files.get(split, self.dataset_name)} has no examples.")
-        if "train" not in dataset:
+            known = self._label_columns(split, rows, labels)
+            check_columns({split: rows}, texts=False, **(texts or {}))
+            check_columns(
+                {split: rows}, texts=False, **{flag: name for flag, names in known.items() for name in names}
+            )
+            columns = [*(texts or {}).values(), *(name for names in known.values() for name in names)]
+            dataset[split] = filled(rows, split, columns, files.get(split), self.drop_empty_rows)
+        if texts is not None:
+            check_columns(dataset, **texts)
+        if "train" not in dataset and (trains or "validation" in dataset):
             raise ValueError("There is no train data, which tells what to prepare for: give --train_file too.")
-        if "validation" not in dataset:
+        if "train" in dataset and "validation" not in dataset:
             share = self.validation_split_percentage / 100
             if len(dataset["train"]) * share < 1:
                 raise ValueError(
                     f"{len(dataset['train'])} examples are too few to keep {self.validation_split_percentage} % of "
                     "them for validation: give --validation_file."
                 )
-            parts = dataset["train"].train_test_split(share, shuffle=shuffle, seed=0)
-            dataset["train"], dataset["validation"] = parts["train"], parts["test"]
+            by = [name for names in (labels or {}).values() for name in names]
+            parts = split_off(dataset["train"], share, shuffle, by[0] if len(by) == 1 else None)
+            dataset["train"], dataset["validation"] = parts
         return dataset
 
+    @staticmethod
+    def _label_columns(split: str, rows: Any, labels: dict[str, list[str]] | None) -> dict[str, list[str]]:
+        """Return the columns of labels that a split must have; none for rows to predict."""
+        columns = [name for names in (labels or {}).values() for name in names]
+        unlabelled = split == "test" and all(
+            name not in rows.column_names or all(value is None for value in rows[name]) for name in columns
+        )
+        return {} if unlabelled else labels or {}
+
     def stream(self) -> IterableDatasetDict:
-        """`train` and `validation`, read as they are iterated over."""
+        """Return `train` and `validation`, read as they are iterated over."""
         from datasets import IterableDatasetDict, load_dataset
 
-        given = {"train": self.train_file, "validation": self.validation_file}
-        files = {split: name for split, name in given.items() if name is not None}
+        files = {split: name for split, name in self.files.items() if split != "test"}
         if files:
-            dataset = _load_files(files, streaming=True)
+            dataset = read_files(files, words=True, streaming=True)
         elif self.dataset_name is None:
             raise ValueError("There is no data: give --dataset_name or --train_file.")
         elif self.dataset_name in data.DATASETS:
@@ -92,8 +137,10 @@ class DataArguments:
             raise ValueError(f"Unknown data set {self.dataset_name!r}: did you mean {close[0]}?")
 
     def limit(self, dataset: DatasetDict, shuffle: bool = False) -> DatasetDict:
-        """At most `max_train_samples` and `max_eval_samples` of it, the first ones or, where rows may be sorted by
-        class, random ones."""
+        """Return at most `max_train_samples` and `max_eval_samples` rows of each split.
+
+        They are the first ones or, where rows may be sorted by class, random ones.
+        """
         for split, rows in dataset.items():
             most = self.max_train_samples if split == "train" else self.max_eval_samples
             if most is not None and most < len(rows):
@@ -102,36 +149,5 @@ class DataArguments:
 
     @property
     def source(self) -> str:
-        """What the data is called in a model card."""
+        """The name of the data in a model card."""
         return Path(self.train_file).name if self.train_file else self.dataset_name or "unknown"
-
-
-def _load_files(files: dict[str, str], streaming: bool = False) -> Any:
-    from datasets import DatasetDict, load_dataset
-    from datasets.exceptions import DatasetGenerationError
-
-    dataset = DatasetDict()
-    for split, name in files.items():
-        path = Path(name)
-        ending = path.suffix.lstrip(".").lower()
-        if not path.exists():
-            raise FileNotFoundError(f"{name} does not exist.")
-        if path.is_dir():
-            dataset[split] = load_dataset("imagefolder", data_dir=name, split="train", streaming=streaming)
-            continue
-        if ending not in BUILDERS:
-            raise ValueError(f"{name} ends in {ending!r}; it must be one of {', '.join(BUILDERS)}.")
-        if path.stat().st_size == 0 or (not streaming and not path.read_bytes().strip()):
-            raise ValueError(f"{name} is empty: there is nothing to learn from.")
-        options: dict[str, Any] = {"keep_linebreaks": True} if BUILDERS[ending] == "text" else {}
-        if ending == "tsv":
-            options = {"sep": "\t"}
-        try:
-            rows = load_dataset(BUILDERS[ending], data_files=name, split="train", streaming=streaming, **options)
-            dataset[split] = rows
-        except (ValueError, DatasetGenerationError) as error:
-            if "corresponds to no data" in str(error):  # a csv file with a header alone
-                raise ValueError(f"{name} has no examples: there is nothing to learn from.") from None
-            reason = str(error.__cause__ or error).partition("\n")[0]
-            raise ValueError(f"{name} can't be read as {BUILDERS[ending]}, it may be damaged: {reason}") from error
-    return dataset

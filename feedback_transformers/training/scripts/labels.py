@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .rows import check_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
-
-
-def check_columns(dataset: Any, texts: bool = True, **columns: str) -> None:
-    """That every split has the `columns`, by their flags; and where they are `texts`, one in every row."""
-    for split, rows in dataset.items():
-        for flag, column in columns.items():
-            if column not in rows.column_names:
-                there = ", ".join(map(repr, rows.column_names))
-                raise ValueError(f"The {split} data has no column {column!r}, only {there}: give --{flag}.")
-            for i, text in enumerate(rows[column]) if texts else ():
-                if not isinstance(text, str):
-                    raise ValueError(f"Row {i} of the {split} data has {text!r} as its {column}, which is no text.")
 
 
 def with_classes(dataset: DatasetDict, column: str, known: Sequence[str] = (), trains: bool = False) -> DatasetDict:
