@@ -46,6 +46,28 @@ class DataArguments:
         given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
         return {split: name for split, name in given.items() if name is not None}
 
+    def read(self, words: bool = False) -> DatasetDict:
+        """Return the data as it is in its files or under its name; `words` as in `read_files`.
+
+        Raises:
+            FileNotFoundError, ValueError: the data is missing, damaged or empty.
+        """
+        from datasets import load_dataset
+
+        if self.files:
+            dataset = read_files(self.files, words)
+        elif self.dataset_name is None:
+            raise ValueError("There is no data: give --dataset_name or --train_file.")
+        elif self.dataset_name in data.DATASETS:
+            dataset = data.load(self.dataset_name)
+        else:
+            self._refuse_misspelled()
+            dataset = load_dataset(self.dataset_name, self.dataset_config_name)
+        for split, rows in dataset.items():
+            if len(rows) == 0:
+                raise ValueError(f"The {split} data of {self.files.get(split, self.dataset_name)} has no examples.")
+        return dataset
+
     def load(
         self,
         shuffle: bool = True,
@@ -67,21 +89,8 @@ class DataArguments:
         Raises:
             FileNotFoundError, ValueError: the data is missing, damaged, empty or lacks a column.
         """
-        from datasets import load_dataset
-
-        files = self.files
-        if files:
-            dataset = read_files(files, words=texts is not None)
-        elif self.dataset_name is None:
-            raise ValueError("There is no data: give --dataset_name or --train_file.")
-        elif self.dataset_name in data.DATASETS:
-            dataset = data.load(self.dataset_name)
-        else:
-            self._refuse_misspelled()
-            dataset = load_dataset(self.dataset_name, self.dataset_config_name)
+        dataset, files = self.read(words=texts is not None), self.files
         for split, rows in dataset.items():
-            if len(rows) == 0:
-                raise ValueError(f"The {split} data of {files.get(split, self.dataset_name)} has no examples.")
             known = self._label_columns(split, rows, labels)
             check_columns({split: rows}, texts=False, **(texts or {}))
             check_columns(
