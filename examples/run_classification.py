@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         dataset, columns, text_args.problem_type, text_args.label_separator, known, training_args.do_train
     )
     dataset = text_args.limit(dataset, shuffle=True)
-    training_args.do_eval = training_args.do_eval and "validation" in dataset
+    if "validation" not in dataset:  # a test alone, to predict
+        training_args.do_eval, training_args.eval_strategy = False, "no"
     print(f"A text has {targets}")
 
     # The model and its tokenizer
@@ -96,14 +97,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     }
 
     # Training
-    if training_args.metric_for_best_model == "auto":
-        labels = rows["labels"] if "labels" in rows.column_names else []
-        training_args.metric_for_best_model = scripts.best_metric(targets, labels)
-    best = training_args.metric_for_best_model
-    if best.endswith(("mae", "rmse")):
-        training_args.greater_is_better = False
     if training_args.do_train:
-        print(f"The best checkpoint is the one with the best {best}")
+        if training_args.metric_for_best_model == "auto":
+            training_args.metric_for_best_model = scripts.best_metric(targets, rows["labels"])
+        if training_args.metric_for_best_model.endswith(("mae", "rmse")):
+            training_args.greater_is_better = False
+        print(f"The best checkpoint is the one with the best {training_args.metric_for_best_model}")
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
         return scripts.score(targets.problem, prediction.predictions, prediction.label_ids)

@@ -31,7 +31,10 @@ RECIPE = scripts.recipes.FORECASTING
 class SeriesArguments(scripts.DataArguments):
     value_column: str = field(default="value", metadata={"help": "The column that holds the values, in order."})
     timestamp_column: str | None = field(
-        default=None, metadata={"help": "The column that holds their times; else one that looks like times."}
+        default=None,
+        metadata={
+            "help": "The column of their times; else one that looks like it. none takes the rows as evenly spaced."
+        },
     )
     id_column: str | None = field(
         default=None, metadata={"help": "The column that tells several series apart, or several with commas."}

@@ -34,7 +34,7 @@ DATASETS: dict[str, Callable[[], DatasetDict]] = {
 
 
 def load(name: str) -> DatasetDict:
-    """The data set `name` of `DATASETS`, with its fixed splits; the docstring of its function describes it."""
+    """Read the data set `name` of `DATASETS`, with its fixed splits; the docstring of its function describes it."""
     if name not in DATASETS:
         raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(DATASETS)}.")
     return DATASETS[name]()

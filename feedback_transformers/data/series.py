@@ -51,7 +51,7 @@ def windows(series: Iterable[float], context_length: int, prediction_length: int
             raise ValueError(f"{name} is {number}, but must be at least 1.")
     values = np.asarray(list(series), dtype=np.float64)
     if values.ndim != 1:
-        raise ValueError(f"The series has the shape {[*values.shape]}: give one series [T], and cut several one by one.")
+        raise ValueError(f"The series has the shape {[*values.shape]}: give one series [T], and several one by one.")
     gaps = np.flatnonzero(~np.isfinite(values))
     if len(gaps):
         raise ValueError(f"The series has {len(gaps)} gaps, or infinite numbers, the first at {gaps[0]}: fill them.")
@@ -62,7 +62,7 @@ def windows(series: Iterable[float], context_length: int, prediction_length: int
     if len(values) < length:
         raise ValueError(
             f"A window takes {length} values (context_length {context_length} + prediction_length "
-            f"{prediction_length}), but the series has only {len(values)}."
+            f"{prediction_length}), but the series has only {len(values)}: choose shorter ones."
         )
     cuts = np.lib.stride_tricks.sliding_window_view(values, length)[::stride]
     return Dataset.from_dict({"past_values": cuts[:, :context_length], "future_values": cuts[:, context_length:]})

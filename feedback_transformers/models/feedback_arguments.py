@@ -69,7 +69,7 @@ def check_positions(name: str, value: Tensor | None, batch: int, lengths: tuple[
 
 
 def check_types(token_type_ids: Tensor | None, embedded: Tensor, told_apart: bool) -> None:
-    """Reject token types that are not [B, T] as `embedded` [B, T, D], and other ones than 0 in a model without types."""
+    """Reject token types that are not [B, T] as `embedded` [B, T, D], and types other than 0 where all are alike."""
     check_positions("token_type_ids", token_type_ids, embedded.shape[0], (embedded.shape[1],))
     if token_type_ids is None or told_apart or torch.compiler.is_compiling():
         return

@@ -16,6 +16,11 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 Slot = tuple[str | int, ...]
 
 
+def key(slot: Slot) -> str:
+    """Name a slot, as `cell/2/0/`: what exporters save of a cache is JSON, whose keys are strings."""
+    return "".join(f"{name}/" for name in slot)
+
+
 class FeedbackCache(Cache):
     """Keys and values by slot (part, step, layer), recurrent states by slot, and the bookkeeping of padding.
 
@@ -28,8 +33,8 @@ class FeedbackCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.slots: dict[Slot, int] = {}
-        self.states: dict[Slot, tuple[Tensor, ...]] = {}
+        self.slots: dict[str, int] = {}
+        self.states: dict[str, tuple[Tensor, ...]] = {}
         self.cross_attention: EncoderDecoderCache | None = None  # of a sequence-to-sequence model
         self.length = 0  # columns seen, padding included
         self.count: Tensor | None = None  # [B] real positions seen
@@ -38,11 +43,11 @@ class FeedbackCache(Cache):
         self.steps: tuple[int, bool, bool] | None = None
 
     def index(self, slot: Slot) -> int:
-        return self.slots.setdefault(slot, len(self.slots))
+        return self.slots.setdefault(key(slot), len(self.slots))
 
     def keys_values(self, slot: Slot) -> tuple[Tensor, Tensor] | None:
         """The keys and values [B, heads, P, head_dim] in `slot`, if any were written."""
-        index = self.slots.get(slot)
+        index = self.slots.get(key(slot))
         if index is None or index >= len(self.layers) or not self.layers[index].is_initialized:
             return None
         layer: Any = self.layers[index]
@@ -51,18 +56,19 @@ class FeedbackCache(Cache):
     def crop_slot(self, slot: Slot, length: int) -> None:
         """Keeps the first `length` columns of a slot, where anything was written there."""
         if self.keys_values(slot) is not None:
-            layer: Any = self.layers[self.slots[slot]]
+            layer: Any = self.layers[self.index(slot)]
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
     def repeat_pass(self, before: Slot, slot: Slot, offset: int) -> None:
         """Positions from column `offset` on look at `slot`, a step's, as they did at the step `before`."""
-        for known in [known for known in self.slots if known[: len(before)] == before]:
-            keys, values = self.keys_values(known) or (None, None)
-            if keys is not None:
-                index = self.index((*slot, *known[len(before) :]))
-                self.update(keys[:, :, offset:], values[:, :, offset:], index)
-        for known in [known for known in self.states if known[: len(before)] == before]:
-            self.states[(*slot, *known[len(before) :])] = self.states[known]
+        old, new = key(before), key(slot)
+        for known, index in list(self.slots.items()):
+            layer: Any = self.layers[index]
+            if known.startswith(old) and layer.is_initialized:
+                index = self.slots.setdefault(new + known.removeprefix(old), len(self.slots))
+                self.update(layer.keys[:, :, offset:], layer.values[:, :, offset:], index)
+        for known in [known for known in self.states if known.startswith(old)]:
+            self.states[new + known.removeprefix(old)] = self.states[known]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.length
@@ -221,12 +227,12 @@ class Context:
 
     def state(self) -> tuple[Tensor, ...] | None:
         """What the part at this slot left behind, if anything."""
-        return None if self.cache is None else self.cache.states.get(self.slot)
+        return None if self.cache is None else self.cache.states.get(key(self.slot))
 
     def keep(self, state: tuple[Tensor, ...]) -> None:
         """Leaves `state` for the next call at this slot."""
         if self.cache is not None:
-            self.cache.states[self.slot] = state
+            self.cache.states[key(self.slot)] = tuple(state)
 
     @property
     def lengths(self) -> Tensor | None:

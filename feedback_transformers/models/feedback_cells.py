@@ -96,6 +96,7 @@ class MemoryTransformerCell(TransformerCell):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
+        self.rotate = family_member(self.backbone.model_type, "apply_rotary_pos_emb")
         self.layer_weights = nn.Parameter(torch.empty(config.num_feedback_layers + 1))
 
     def init_parameters(self) -> None:
@@ -145,8 +146,7 @@ class MemoryTransformerCell(TransformerCell):
         if hasattr(attention, "k_norm") and attention.k_norm.weight.numel() == attention.head_dim:
             keys = attention.k_norm(keys)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        rotate = family_member(self.backbone.model_type, "apply_rotary_pos_emb")
-        return rotate(keys, keys, *self.rotary(memory, context.position_ids))[1], values
+        return self.rotate(keys, keys, *self.rotary(memory, context.position_ids))[1], values
 
 
 CELLS: dict[str, type[nn.Module]] = {

@@ -26,6 +26,7 @@ from .feedback_gradients import DeferredWeightGradients
 from .feedback_halting import HALTING, Progress
 from .feedback_layers import CrossAttention, dropout
 from .feedback_names import RECURRENT_TYPES
+from .feedback_padding import fixed_length
 
 logger = logging.get_logger(__name__)
 
@@ -297,7 +298,7 @@ class FeedbackLoop(nn.Module):
         known = torch.cat([held[:, None].to(signal.dtype), signal], dim=1)  # what stands at column t + 1 happened at t
         columns = torch.arange(length, device=signal.device)
         end = columns - (context.count[:, None] + columns) % interval
-        real = columns.new_tensor(length) if context.lengths is None else context.lengths
+        real = length if context.lengths is None else context.lengths
         end_of_call = real - (context.count + real) % interval
         index = torch.cat([end, end_of_call[:, None].expand(batch, 1)], dim=1).clamp(min=0)
         known = known.gather(1, index[..., None].expand(-1, -1, size))
@@ -362,7 +363,7 @@ class FeedbackLoop(nn.Module):
 
     def spans(self, context: Context, block: int | None, truncate: int | None) -> list[tuple[int, int]]:
         """The columns between which no row has the beginning of a block, nor the gradient its end."""
-        length = context.position_ids.shape[1]
+        length = fixed_length(context.position_ids.shape[1])
         bounds = {0, length, *range(0, length, truncate or length)}
         if block is not None:
             begins = block == 1 or context.offset == 0  # a list of what tensors hold can't be exported

@@ -41,7 +41,7 @@ def check_classes(labels: Tensor, name: str, size: int, ignored: int = -100) -> 
 
 def shift(labels: Tensor, ignored: int = -100) -> Tensor:
     """Return the label of the next position, [B, T], as transformers' ForCausalLMLoss shifts them."""
-    return F.pad(labels, (0, 1), value=ignored)[:, 1:]
+    return F.pad(labels, (0, 1), value=ignored)[:, 1:].contiguous()
 
 
 def targets_of_texts(

@@ -27,8 +27,30 @@ def first_real(attention_mask: Tensor | None, length: int) -> tuple[Tensor | Non
             return None, None
         if (mask[:, 1:] <= mask[:, :-1]).all():
             return mask, None
-    order = (~mask).long().argsort(dim=1, stable=True)
+    order = real_first(mask)
     return mask.gather(1, order), order
+
+
+def real_first(mask: Tensor) -> Tensor:
+    """Return the order [B, T] that puts the real positions of a mask [B, T] first, and keeps the order of each kind.
+
+    It counts instead of sorting, as ONNX has no stable sort.
+    """
+    real = mask.long()
+    seen = real.cumsum(dim=1)
+    place = torch.where(mask, seen, seen[:, -1:] + (1 - real).cumsum(dim=1)) - 1
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(place)
+    return torch.empty_like(place).scatter(1, place, columns)
+
+
+def fixed_length(length: int) -> int:
+    """Return the number of positions that a loop walks; raise ValueError where an export leaves it open."""
+    if isinstance(length, torch.SymInt):
+        raise ValueError(
+            "Position by position the length must be fixed: export with one length, or a model with "
+            "feedback_axis='depth', or with solver='jacobi' and a cell that is not recurrent."
+        )
+    return length
 
 
 def gather(x: Tensor, order: Tensor | None) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context
+from .feedback_padding import fixed_length, real_first
 
 
 class GRUState(NamedTuple):
@@ -209,9 +210,10 @@ def scan(
     cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
     """h_t [B, T, D] and the last state, over inputs [B, T, D]; where mask [B, T] is False nothing changes."""
-    if x.shape[1] > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step is the cell itself
+    length = fixed_length(x.shape[1])
+    if length > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step is the cell itself
         return cell.fused(x, state, mask, reverse)
-    decodes = x.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
+    decodes = length == 1 and mask is None and not torch.is_grad_enabled()
     if decodes and cell.native_step is not None and can_fuse(cell, x):
         state = cell.native_step(x[:, 0], state)
         return state.h[:, None], state
@@ -277,10 +279,10 @@ class RealFirst:
         self.x, self.reverse, self.seen = x.flip(1) if reverse else x, reverse, None
         if mask is not None:
             mask = mask.flip(1) if reverse else mask
-            order = (~mask).byte().argsort(dim=1, stable=True)[..., None].expand_as(x)
-            self.x = torch.where(mask[..., None], self.x, 0.0).gather(1, order)
+            order = real_first(mask)[..., None]
+            self.x = torch.where(mask[..., None], self.x, 0.0).gather(1, order.expand_as(x))
             self.seen = mask.cumsum(1)[..., None]  # [B, T, 1] real positions up to here
-            self.padding = (~mask).sort(dim=1).values[..., None]  # [B, T, 1] of x as it is now
+            self.padding = ~mask[..., None].gather(1, order)  # [B, T, 1] of x as it is now
 
     def restore(self, h: Tensor, start: Tensor) -> Tensor:
         """h [B, T, D] at the positions of the call; at padding that of before, at first `start` [B, D]."""

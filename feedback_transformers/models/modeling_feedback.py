@@ -159,6 +159,12 @@ class FeedbackPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # the borrowed layers ask the interface of their config, which is a sub-config of ours
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Resize the embeddings of tokens, as in transformers; reject a model that has none."""
+        if self.config.embedding_type != "tokens":
+            raise ValueError(f"A model of {self.config.embedding_type} has no vocabulary that could be resized.")
+        return super().resize_token_embeddings(*args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if type(module).__module__.startswith("transformers.models."):
@@ -254,12 +260,6 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace what `get_input_embeddings` returns."""
         setattr(self.embeddings, self.input_name, value)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the embeddings of tokens, as in transformers; reject a model that has none."""
-        if self.config.embedding_type != "tokens":
-            raise ValueError(f"A model of {self.config.embedding_type} has no vocabulary that could be resized.")
-        return super().resize_token_embeddings(*args, **kwargs)
 
     def place(self, embedded: Tensor, context: Context, token_type_ids: Tensor | None) -> Tensor:
         """Adds what the embeddings of tokens don't say: learned positions and types. [B, T, D] -> [B, T, D]"""

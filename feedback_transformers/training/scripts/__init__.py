@@ -6,7 +6,7 @@ Flags are named as in the example scripts of transformers.
 from . import recipes
 from .arguments import TRAINING, ModelArguments, command, overrides, parse
 from .data_files import DataArguments
-from .images import eight_bits, image_sizes, image_splits, print_images, readable
+from .images import eight_bits, image_paths, image_processor, image_sizes, image_splits, print_images, readable
 from .labels import with_classes
 from .passes import drawn_passes, measure_passes, print_passes, steps_to_draw
 from .results import fit, publish, publish_model, record, set_max_length, train, whole
@@ -28,6 +28,8 @@ __all__ = [
     "drawn_passes",
     "eight_bits",
     "fit",
+    "image_paths",
+    "image_processor",
     "image_sizes",
     "image_splits",
     "known_targets",

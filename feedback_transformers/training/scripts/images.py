@@ -212,6 +212,37 @@ def _first(faults: list[str]) -> str:
     return "; ".join(faults[:SHOWN]) + ("; ..." if len(faults) > SHOWN else "")
 
 
+def image_paths(rows: Dataset, column: str) -> list[str]:
+    """Return the path of each image, or "row 3" where it has none."""
+    from datasets import Image
+
+    values = rows.cast_column(column, Image(decode=False))[column]
+    return [value["path"] or f"row {row}" for row, value in enumerate(values)]
+
+
+def image_processor(image_size: int, checkpoint: str | None = None, **options: Any) -> Any:
+    """Return the image processor of a checkpoint, or a new one, which turns images of any mode to `image_size` pixels.
+
+    Its `pixel_values` [B, 3, H, W] are colours, as in the pipelines of transformers; a grey model reads their
+    brightness.
+    """
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    settings = {"size": {"height": image_size, "width": image_size}, "do_convert_rgb": True}
+    if checkpoint is not None:
+        try:
+            found = ViTImageProcessorPil.from_pretrained(checkpoint, **settings, **options)
+        except OSError:  # it was saved without one
+            pass
+        else:
+            for name in ("image_mean", "image_std"):
+                value = getattr(found, name)
+                if isinstance(value, list | tuple) and len(value) == 1:  # of a grey model of version 0.1.0
+                    setattr(found, name, value[0])
+            return found
+    return ViTImageProcessorPil(image_mean=0.5, image_std=0.5, **settings)
+
+
 def image_sizes(looks: list[Look], image_size: int | None = None, num_channels: int | None = None) -> dict[str, int]:
     """Return image_size, patch_size and num_channels of a new model, read from the images unless they are given.
 

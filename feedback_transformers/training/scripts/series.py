@@ -18,7 +18,15 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 DATE = re.compile(r"\s*(\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}|\d{4}[-/]\d{1,2}|\d{8})(?=[T ]|\s*$)")
-TIMES = ("timestamp", "time", "datetime", "date", "ds")  # names of columns that hold times, whatever they look like
+TIMES = (
+    "timestamp",
+    "time",
+    "datetime",
+    "date",
+    "ds",
+    "ts",
+)  # names of columns that hold times, whatever they look like
+NO_TIME = "none"  # in place of the name of a column
 SHOWN = 5  # series that an error names
 
 
@@ -50,7 +58,8 @@ def one_series(
         name: what the data is called in errors.
         file: the file it was read from, whose lines errors name; None for a data set with a name.
         value_column: the values.
-        timestamp_column: their times; without it, a column that looks like times, if there is one.
+        timestamp_column: their times; without it, a column that looks like times, if there is one. "none" takes the
+            rows as they stand, as one series with equal steps.
         id_column: the column, or several with commas, that tells the series apart.
         series_id: which series, by its values in these columns.
 
@@ -59,20 +68,20 @@ def one_series(
     """
     table = Table(rows.to_pandas(), name, file)
     time = timestamp_column or find_times(table.frame, value_column)
-    if time is not None and time not in table.frame:
+    if time not in (None, NO_TIME) and time not in table.frame:
         raise ValueError(f"{name} has no column {time!r}, only {_listed(table.frame)}: give --timestamp_column.")
     if id_column is not None:
         table = choose(table, id_column, series_id)
     elif series_id is not None:
         raise ValueError(f"--series_id {series_id} needs --id_column, the column that names the series.")
-    if time is not None:
+    if time is None:
+        refuse_blocks(table, value_column)
+    elif time != NO_TIME:
         times = read_times(table, time)
         fault = find_fault(table, time, times)
         if fault is not None:
             refuse_several(table, [value_column, time], times)
             raise ValueError(fault)
-    else:
-        refuse_blocks(table, value_column)
     check_values(table, value_column)
     return rows.select(table.frame.index)
 
@@ -193,11 +202,13 @@ def find_fault(table: Table, column: str, times: pd.Series) -> str | None:
     if (even > 1).all() and np.allclose(even, even.round()):
         return (
             f"The {column} of {table.name} steps by {_said(step)}, and steps are missing before {where} "
-            f"({int((even.round() - 1).sum()):,} in all): add a row for each, with 0 or the value before."
+            f"({int((even.round() - 1).sum()):,} in all): add a row for each, with 0 or the value before, or give "
+            "--timestamp_column none to take the rows as evenly spaced."
         )
     return (
         f"{table.name} is not evenly spaced: most times are {_said(step)} apart, and {len(wide):,} of {len(steps):,} "
-        f"are not, first at {where}: make one row for each hour, day or week, such as a sum or a mean."
+        f"are not, first at {where}: make one row for each hour, day or week, such as a sum or a mean, or "
+        "give --timestamp_column none to take the rows as evenly spaced."
     )
 
 
@@ -260,8 +271,9 @@ def refuse_blocks(table: Table, value_column: str) -> None:
         if blocks == words.nunique() and words.value_counts().min() > 1:
             first = words.iloc[0]
             raise ValueError(
-                f"{table.name} seems to hold {blocks:,} series one after the other, one for each {column}: choose one "
-                f"with --id_column {column} --series_id {shlex.quote(first)}, or delete that column if it is one."
+                f"{table.name} seems to hold {blocks:,} series, one after the other, one for each {column}: choose one "
+                f"with --id_column {column} --series_id {shlex.quote(first)}, or give --timestamp_column none if it is "
+                "one."
             )
 
 

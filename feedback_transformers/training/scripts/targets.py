@@ -210,7 +210,7 @@ def balance_classes(model: PreTrainedModel, targets: Targets, labels: Sequence[i
     """
     if targets.problem != SINGLE or model.config.halting == "learned":
         raise ValueError(
-            "--class_weights balanced needs one class for each row, and no halting='learned': leave it out."
+            "--class_weights balanced is for one class in each row, without halting='learned': leave it out."
         )
     weights = torch.tensor(class_weights(labels, len(targets.names)))
     print("Weights: " + ", ".join(f"{name} {weight:.2f}" for name, weight in zip(targets.names, weights, strict=True)))
