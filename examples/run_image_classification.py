@@ -33,6 +33,7 @@ from feedback_transformers import visualize
 from feedback_transformers.training import StopOnNonFinite, scripts
 
 RECIPE = scripts.recipes.IMAGES
+FEW = 100  # images for validation, below which many checkpoints have the same accuracy and the loss tells them apart
 
 
 @dataclass
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         raise ValueError(f"There is one class, {targets.names[0]}: give the images of a second one to tell it from.")
     dataset = image_args.limit(dataset, shuffle=True)
     dataset, looks = scripts.readable(dataset, column, image_args.files, image_args.skip_corrupt_files)
-    training_args.do_eval = training_args.do_eval and "validation" in dataset
+    if "validation" not in dataset:
+        training_args.do_eval, training_args.eval_strategy = False, "no"
     for split, images in dataset.items():
         print(f"{split}: {len(images):,} images of {image_args.files.get(split, image_args.source)}")
     print(f"An image has {targets}")
@@ -126,13 +128,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     inputs = {split: rows.with_transform(moving if split == "train" else still) for split, rows in dataset.items()}
 
     # Training
-    best = training_args.metric_for_best_model
-    if best == "auto":
-        labels = rows["labels"] if "labels" in rows.column_names else []
-        best = training_args.metric_for_best_model = scripts.best_metric(targets, labels)
-    if best.endswith(("mae", "rmse")):
-        training_args.greater_is_better = False
     if training_args.do_train:
+        best = training_args.metric_for_best_model
+        if best == "auto":
+            few = len(dataset["validation"]) < FEW
+            best = "loss" if few else scripts.best_metric(targets, rows["labels"])
+        training_args.metric_for_best_model = best
+        training_args.greater_is_better = not best.endswith(("loss", "mae", "rmse"))
         print(f"The best checkpoint is the one with the best {best}")
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:

@@ -220,7 +220,7 @@ IMAGES = Recipe(
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
         "load_best_model_at_end": True,
-        "metric_for_best_model": "auto",  # accuracy, or f1_macro where classes are unbalanced
+        "metric_for_best_model": "auto",  # loss, accuracy or f1_macro, as the images are
         "remove_unused_columns": False,  # the pixels are made of the image column
     },
     smoke={

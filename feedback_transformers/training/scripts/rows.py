@@ -107,5 +107,8 @@ def split_off(rows: Dataset, share: float, shuffle: bool, by: str | None = None)
     chosen = order[
         ((np.arange(number) + 0.5) * len(order) / number).astype(int)
     ]  # of each class its share; the only row of a class stays in train
+    there = {classes[row] for row in chosen}
+    lacking = [name for name, count in counts.items() if count >= FEWEST and name not in there]
+    chosen = np.append(chosen, [next(row for row in order if classes[row] == name) for name in lacking]).astype(int)
     rest = np.setdiff1d(mixed, chosen)
     return rows.select(np.random.default_rng(0).permutation(rest)), rows.select(np.sort(chosen))

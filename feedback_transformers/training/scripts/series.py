@@ -271,9 +271,9 @@ def refuse_blocks(table: Table, value_column: str) -> None:
         if blocks == words.nunique() and words.value_counts().min() > 1:
             first = words.iloc[0]
             raise ValueError(
-                f"{table.name} seems to hold {blocks:,} series, one after the other, one for each {column}: choose one "
-                f"with --id_column {column} --series_id {shlex.quote(first)}, or give --timestamp_column none if it is "
-                "one."
+                f"{table.name} seems to hold {blocks:,} series one after the other, one for each {column}: choose one "
+                f"with --id_column {column} --series_id {shlex.quote(first)}; or, if it is one, give "
+                "--timestamp_column none."
             )
 
 
