@@ -95,14 +95,14 @@ class DataArguments:
             alone = without_labels(rows, [x for names in known.values() for x in names]) if split == "test" else None
             if alone is not None:
                 rows, known = alone, {}
-            check_columns({split: rows}, texts=False, **(texts or {}))
+            check_columns({split: rows}, False, **(texts or {}))
             for flag, names in known.items():
                 for name in names:
-                    check_columns({split: rows}, texts=False, **{flag: name})
+                    check_columns({split: rows}, False, **{flag: name})
             columns = [*(texts or {}).values(), *(name for names in known.values() for name in names)]
             dataset[split] = filled(rows, split, columns, files.get(split), self.drop_empty_rows)
         if texts is not None:
-            check_columns(dataset, **texts)
+            check_columns(dataset, True, **texts)
         if "train" not in dataset and (trains or "validation" in dataset):
             raise ValueError("There is no train data, which tells what to prepare for: give --train_file too.")
         if "train" in dataset and "validation" not in dataset:

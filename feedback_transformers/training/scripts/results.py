@@ -41,13 +41,12 @@ def fit(
     args, metrics = trainer.args, dict[str, float]()
     if args.do_train:
         record(trainer, "train", train(trainer))
-    tests = args.do_predict and test is not None
     if args.do_eval:
         metrics = trainer.evaluate()
-        if not tests:
+        if test is None or not args.do_predict:
             metrics |= by_passes(trainer, trainer.eval_dataset, "eval", metric)
         record(trainer, "eval", metrics)
-    if tests:
+    if args.do_predict and test is not None:
         output = trainer.predict(test)
         metrics = dict(output.metrics or {})
         if more is not None:

@@ -88,7 +88,7 @@ def known_targets(model_args: ModelArguments, auto: Any) -> Targets | None:
     names = model_args.classes(auto)
     if not names:
         return None
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub_options)
+    config = AutoConfig.from_pretrained(str(model_args.model_name_or_path), **model_args.hub_options)
     return Targets(config.problem_type or (SINGLE if len(names) > 1 else NUMBERS), names)
 
 
