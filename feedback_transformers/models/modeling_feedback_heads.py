@@ -288,7 +288,8 @@ class FeedbackClassifier(FeedbackHead):
     @property
     def single_label(self) -> bool:
         """Tell whether a prediction is a choice among classes, as far as the config says."""
-        return self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
+        kind = self.config.problem_type
+        return kind == "single_label_classification" or (kind is None and self.num_labels > 1)
 
     @property
     def learns_to_halt(self) -> bool:  # type: ignore[override]
