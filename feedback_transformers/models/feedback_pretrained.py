@@ -64,6 +64,11 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         if self.can_generate():  # else transformers drops num_feedback_steps when it loads the generation config
             self.generation_config._from_model_config = False
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether passes are recomputed in the backward. PEFT still asks by this name, which transformers warns of."""
+        return self.is_activation_checkpointing
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model as in transformers, from safetensors only, since a pickle could run code.
