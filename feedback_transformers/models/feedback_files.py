@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+from transformers import PreTrainedModel
 
 SUMS = "SHA256SUMS"
 WEIGHTS = "model*.safetensors"
@@ -63,3 +66,22 @@ def check_download(folder: Path) -> int:
                 "force_download=True."
             )
     return len(blobs)
+
+
+# Parts that may be added to the body of a trained model, and so begin new; a head is outside of the body.
+ADDED = ("loop.halting.", "loop.cross_attention.")
+
+
+def check_whole(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Reject a body with holes, which transformers would fill with random numbers and a warning."""
+    body = "" if model.base_model is model else f"{model.base_model_prefix}."
+    tied = model.all_tied_weights_keys
+    tied = tied | {source: target for target, source in tied.items()}
+    missing = {key for key in missing if key not in tied or tied[key] in missing}
+    holes = sorted(key for key in missing if key.startswith(body) and not key.removeprefix(body).startswith(ADDED))
+    if holes:
+        raise ValueError(
+            f"The checkpoint lacks {len(holes)} weights of the model, such as {holes[0]}: copy it again; if it is of "
+            "another kind of model, make a feedback model of that with feedback_transformers.retrofit; or give "
+            "ignore_mismatched_sizes=True, to begin with random ones."
+        )

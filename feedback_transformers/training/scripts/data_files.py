@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ... import data
 from .files import read_files
-from .rows import check_columns, filled, split_off
+from .rows import check_columns, filled, split_off, without_labels
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -85,11 +85,14 @@ class DataArguments:
         for split, rows in dataset.items():
             if len(rows) == 0:
                 raise ValueError(f"The {split} data of {files.get(split, self.dataset_name)} has no examples.")
-            known = self._label_columns(split, rows, labels)
+            known = labels or {}
+            alone = without_labels(rows, [x for names in known.values() for x in names]) if split == "test" else None
+            if alone is not None:
+                rows, known = alone, {}
             check_columns({split: rows}, texts=False, **(texts or {}))
-            check_columns(
-                {split: rows}, texts=False, **{flag: name for flag, names in known.items() for name in names}
-            )
+            for flag, names in known.items():
+                for name in names:
+                    check_columns({split: rows}, texts=False, **{flag: name})
             columns = [*(texts or {}).values(), *(name for names in known.values() for name in names)]
             dataset[split] = filled(rows, split, columns, files.get(split), self.drop_empty_rows)
         if texts is not None:
@@ -110,15 +113,6 @@ class DataArguments:
             parts = split_off(dataset["train"], share, shuffle, by[0] if len(by) == 1 else None)
             dataset["train"], dataset["validation"] = parts
         return dataset
-
-    @staticmethod
-    def _label_columns(split: str, rows: Any, labels: dict[str, list[str]] | None) -> dict[str, list[str]]:
-        """Return the columns of labels that a split must have; none for rows to predict."""
-        columns = [name for names in (labels or {}).values() for name in names]
-        unlabelled = split == "test" and all(
-            name not in rows.column_names or all(value is None for value in rows[name]) for name in columns
-        )
-        return {} if unlabelled else labels or {}
 
     def stream(self) -> IterableDatasetDict:
         """Return `train` and `validation`, read as they are iterated over."""

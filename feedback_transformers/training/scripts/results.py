@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator, DistributedType
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ... import hub
 from ...card import training_facts
@@ -84,6 +84,12 @@ def publish(trainer: Trainer, processor: Any, results: dict[str, float], **card:
     push = args.hub_model_id or Path(str(args.output_dir)).name if args.push_to_hub else None
     card = training_facts(trainer) | card
     publish_model(model, str(args.output_dir), processor, results, push, args.hub_token, **card)
+
+
+def set_max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Tell the tokenizer how many tokens the model takes, so that `pipeline(..., truncation=True)` cuts there."""
+    if model.config.has_attention:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
 
 
 def whole(accelerator: Accelerator, model: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +34,14 @@ def check_columns(dataset: Any, texts: bool = True, **columns: str) -> None:
 def is_empty(value: Any) -> bool:
     """Return whether a field of a row holds nothing: None, nan, or a text of spaces."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+def without_labels(rows: Dataset, columns: list[str]) -> Dataset | None:
+    """Return rows to predict without their empty columns of labels; None where one of them has a label."""
+    there = [name for name in columns if name in rows.column_names]
+    if not all(is_empty(value) for name in there for value in rows[name]):
+        return None
+    return rows.remove_columns(there)
 
 
 def filled(rows: Dataset, split: str, columns: list[str], file: str | None, drop: bool) -> Dataset:
@@ -84,15 +93,17 @@ def split_off(rows: Dataset, share: float, shuffle: bool, by: str | None = None)
         shuffle: draw the second part at random; otherwise it is the end.
         by: a column of classes. Each class then has the same share in both parts.
     """
-    values = rows[by] if by is not None and shuffle else None
-    if values is None or any(isinstance(value, float | list | dict) for value in values):
+    values = list(rows[by]) if by is not None and shuffle else []
+    classes = [] if any(isinstance(value, float | list | dict) for value in values) else [str(x) for x in values]
+    counts = Counter(classes)
+    if not counts or max(counts.values()) < 2:
         parts = rows.train_test_split(share, shuffle=shuffle, seed=0)
         return parts["train"], parts["test"]
-    classes = np.unique(np.asarray([str(value) for value in values]), return_inverse=True)[1]
     mixed = np.random.default_rng(0).permutation(len(rows))
-    order = mixed[np.argsort(classes[mixed], kind="stable")]  # class by class, mixed within each
-    order = order[np.bincount(classes)[classes[order]] > 1]  # the only row of a class stays in train
+    order = np.asarray(sorted((row for row in mixed if counts[classes[row]] > 1), key=lambda row: classes[row]))
     number = max(1, round(len(order) * share))
-    chosen = order[((np.arange(number) + 0.5) * len(order) / number).astype(int)]  # evenly spaced
+    chosen = order[
+        ((np.arange(number) + 0.5) * len(order) / number).astype(int)
+    ]  # of each class its share; the only row of a class stays in train
     rest = np.setdiff1d(mixed, chosen)
     return rows.select(np.random.default_rng(0).permutation(rest)), rows.select(np.sort(chosen))
