@@ -155,11 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
 
     chapter("6. Sharing", "Weights, tokenizer, code and a card of what was measured, in one folder; and back:")
     results = {
-        "validation loss": models["feedback"]["eval_loss"],
-        "perplexity": models["feedback"]["perplexity"],
-        "perplexity of the feed-forward control": models["feed-forward"]["perplexity"],
-        **{f"validation loss with {steps} feedback steps": loss for steps, loss in losses.items()},
-        **{name.replace("_", " "): value for name, value in lora.items() if name.startswith("perplexity_")},
+        "shakespeare": {
+            "eval_loss": models["feedback"]["eval_loss"],
+            "eval_perplexity": models["feedback"]["perplexity"],
+            "eval_perplexity of the feed-forward control": models["feed-forward"]["perplexity"],
+            **{f"eval_loss_step_{steps}": loss for steps, loss in losses.items()},
+        },
+        "python-docs": {
+            "eval_perplexity": lora["perplexity_before_python-docs"],
+            "eval_perplexity with a LoRA adapter trained on it": lora["perplexity_after_python-docs"],
+        },
     }
     hub.export(
         model,
@@ -168,7 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         results=results,
         name="Feedback language model of Shakespeare's plays",
         dataset="shakespeare",
-        description="Writes Shakespeare character by character; made by `make demo` of feedback_transformers.",
+        license="apache-2.0",
+        language="en",
+        description="This model writes Shakespeare character by character. `make demo` made it.",
+        good_at="text in the style of the plays, of which it has read most.",
+        limits="it spells words without understanding them, and knows no other text.",
+        training={"steps": args.train_steps, "passes in training": "3 to 6, drawn anew at every step"},
         command=scripts.command(__file__, arguments),
     )
     again = AutoModelForCausalLM.from_pretrained(folders["model"])
