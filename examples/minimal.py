@@ -5,14 +5,14 @@ python examples/minimal.py
 
 from pydoc_data.topics import topics
 
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data
+from feedback_transformers.training import SampleFeedbackSteps
+
 import torch
 
 # The text, a token per character, cut into blocks.
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
-
-from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data
-from feedback_transformers.training import SampleFeedbackSteps
 
 texts = Dataset.from_dict({"text": [text for name, text in sorted(topics.items()) if len(text) > 2000]})
 tokenizer = data.characters(texts["text"])

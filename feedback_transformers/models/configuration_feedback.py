@@ -121,8 +121,8 @@ class FeedbackConfig(PreTrainedConfig):
             back less often.
         num_feedback_steps: passes over the same positions on the depth axis. More passes take longer and can be asked
             for at each call.
-        trained_feedback_steps: fewest and most passes that the model was trained with; written by training. A call with
-            another number of passes warns.
+        trained_feedback_steps: fewest and most passes that the model was trained with; written by training. A call
+            with another number of passes warns.
         feedback_signal: what is fed back: `"state"`, the cell's state (the usual choice); `"output"`, the prediction,
             embedded again; or `"none"`, for a feed-forward control whose connection reads the input in place of the
             past. The control has the same size, but for weights that only feedback has.
