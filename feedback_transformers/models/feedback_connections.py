@@ -1,7 +1,7 @@
 """CONNECTIONS: c(e, φ(y)), how feedback enters a step.
 
-Shapes: e and φ(y) are [B, T, D]; so is the result. A closed connection gives e whatever φ is, and opens by its first
-gradient: what a retrofitted model begins with.
+Shapes: e and φ(y) are [B, T, D]; so is the result. A retrofitted model begins with a closed connection, which returns e
+whatever φ is. It opens by its first gradient.
 """
 
 from __future__ import annotations
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
+
+
+def is_zero(weight: Tensor) -> bool:
+    """Whether a matrix is known to hold nothing but zeros; False where it has no values yet or is quantized."""
+    return not weight.is_meta and weight.is_floating_point() and weight.numel() > 0 and not weight.any()
 
 
 class GateConnection(nn.Module):
@@ -32,6 +37,9 @@ class GateConnection(nn.Module):
         gate = torch.sigmoid(self.gate_proj(torch.cat([e, signal], dim=-1)))
         return e + self.scale * gate * self.signal_proj(signal)
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight)
+
     def close(self) -> None:
         for parameter in (self.signal_proj.weight, *self.gate_proj.parameters()):  # the same in every closed model
             nn.init.zeros_(parameter)
@@ -48,6 +56,9 @@ class AddConnection(nn.Module):
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return e + self.signal_proj(self.norm(signal))
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight)
+
     def close(self) -> None:
         nn.init.zeros_(self.signal_proj.weight)
 
@@ -63,6 +74,9 @@ class ConcatConnection(nn.Module):
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return self.signal_proj(torch.cat([e, self.norm(signal)], dim=-1))
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight[:, self.signal_proj.out_features :])
+
     def close(self) -> None:
         nn.init.eye_(self.signal_proj.weight)  # [D, 2 D]: e as it is, and nothing of φ
 
@@ -75,6 +89,9 @@ class MemoryConnection(nn.Module):
 
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return e
+
+    def is_closed(self) -> bool:
+        return False
 
 
 CONNECTIONS: dict[str, type[nn.Module]] = {
