@@ -14,6 +14,11 @@ from transformers import initialization as init
 from .configuration_feedback import FeedbackConfig
 
 
+def is_zero(weight: Tensor) -> bool:
+    """Whether a matrix is known to hold nothing but zeros; False where it has no values yet or is quantized."""
+    return not weight.is_meta and weight.is_floating_point() and weight.numel() > 0 and not weight.any()
+
+
 class GateConnection(nn.Module):
     """e + a · σ(W_g [e; norm(φ)] + b) ∘ W_s norm(φ), in the spirit of Zhang 2026, Recurrent Looped Transformer."""
 
@@ -33,6 +38,9 @@ class GateConnection(nn.Module):
         gate = torch.sigmoid(self.gate_proj(torch.cat([e, signal], dim=-1)))
         return e + self.scale * gate * self.signal_proj(signal)
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight)
+
     def close(self) -> None:
         """Make the connection return e; every closed connection is the same."""
         for parameter in (self.signal_proj.weight, *self.gate_proj.parameters()):
@@ -50,6 +58,9 @@ class AddConnection(nn.Module):
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return e + self.signal_proj(self.norm(signal))
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight)
+
     def close(self) -> None:
         """Make the connection return e."""
         nn.init.zeros_(self.signal_proj.weight)
@@ -66,6 +77,9 @@ class ConcatConnection(nn.Module):
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return self.signal_proj(torch.cat([e, self.norm(signal)], dim=-1))
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight[:, self.signal_proj.out_features :])
+
     def close(self) -> None:
         """Make the connection return e."""
         nn.init.eye_(self.signal_proj.weight)  # [D, 2D]: the identity for e, zero for φ
@@ -79,6 +93,9 @@ class MemoryConnection(nn.Module):
 
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return e
+
+    def is_closed(self) -> bool:
+        return False
 
 
 CONNECTIONS: dict[str, type[nn.Module]] = {

@@ -60,6 +60,32 @@ class LoopOutput(NamedTuple):
     halting_loss: Tensor | None = None  # [B, T] added loss of each position
 
 
+def keep_hooks(module: nn.Module, function: Callable) -> Callable:
+    """Return `function`, which finds the forward hooks of now within `module` whenever it is called.
+
+    PEFT's activated LoRA hangs hooks on layers for one forward, and a checkpoint calls the function once more later.
+    """
+    hung = [
+        (part, hook, number in part._forward_pre_hooks_with_kwargs)
+        for part in module.modules()
+        for number, hook in part._forward_pre_hooks.items()
+    ]
+
+    def hooked(*args: object) -> Any:
+        handles = [
+            part.register_forward_pre_hook(hook, with_kwargs=with_kwargs)
+            for part, hook, with_kwargs in hung
+            if hook not in part._forward_pre_hooks.values()
+        ]
+        try:
+            return function(*args)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return hooked
+
+
 class FeedbackLoop(nn.Module):
     """Connection and cell, and the loop over passes or positions that runs them."""
 
@@ -83,6 +109,7 @@ class FeedbackLoop(nn.Module):
         """
         passes = self.num_passes(num_steps)
         self.check_trained(passes)
+        self.check_opens()
         kind = HALTING.get(self.config.halting, type(None))
         if type(self.halting) is not kind:
             raise ValueError(
@@ -130,6 +157,17 @@ class FeedbackLoop(nn.Module):
             logger.warning_once(
                 "This model makes a number of passes that it was not trained with, so its predictions may be worse: "
                 "choose num_feedback_steps within config.trained_feedback_steps."
+            )
+
+    def check_opens(self) -> None:
+        """Warn where training leaves a closed connection closed, as adapters beside it do."""
+        if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        learns = any(parameter.requires_grad for parameter in self.connection.parameters())
+        if not learns and self.config.feedback_signal != "none" and self.connection.is_closed():
+            logger.warning_once(
+                "The feedback of this model is closed and stays so, as training leaves its connection alone: train "
+                "the connection too, with PEFT by modules_to_save=['connection']."
             )
 
     # The equation
@@ -304,7 +342,7 @@ class FeedbackLoop(nn.Module):
         """
         if not self.checkpoints:
             return function(*args)
-        rewind = context.rewinder()
+        rewind, function = context.rewinder(), keep_hooks(self, function)
 
         def again(*args: object) -> Any:
             rewind()

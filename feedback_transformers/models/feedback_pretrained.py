@@ -163,6 +163,17 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         backbone._attn_implementation_internal = chosen  # before transformers does so, with a warning
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
 
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """Return self, as models without an encoder-decoder do, whatever layers run before the loop.
+
+        PEFT and generation take a model for an encoder-decoder if this is another module.
+        """
+        return self
+
+    def get_decoder(self) -> nn.Module:
+        """Return the model below the head, as decoder-only models of transformers do."""
+        return self.base_model
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of tokens, as in transformers; reject a model that has none."""
         if self.config.embedding_type != "tokens":
