@@ -6,6 +6,7 @@ import transformers
 
 from .models.configuration_feedback import MODELING, PRESETS, FeedbackConfig
 from .models.feedback_cache import FeedbackCache
+from .models.feedback_registry import register
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
 from .models.modeling_feedback_image import FeedbackForImageClassification
 from .models.modeling_feedback_seq2seq import FeedbackForConditionalGeneration
@@ -34,6 +35,7 @@ __all__ = [
     "FeedbackForTokenClassification",
     "FeedbackModel",
     "FeedbackPreTrainedModel",
+    "register",
     "retrofit",
     "unretrofit",
 ]

@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from transformers.utils import logging
 
-from .feedback_scan import GRU, LSTM, DiagonalGRU, GRUState, MinGRU, last, linear_scan, scan
+from .feedback_scan import GRU, DiagonalGRU, GRUState, MinGRU, Recurrence, last, linear_scan, scan
 
 logger = logging.get_logger(__name__)
 
 
 def newton(
-    cell: GRU | LSTM,
+    cell: Recurrence,
     x: Tensor,
     state: GRUState,
     mask: Tensor | None = None,

@@ -48,18 +48,40 @@ class Diagonal(nn.Module):
         return (h.unsqueeze(-2) * self.weight).flatten(-2)
 
 
-class GRU(nn.Module):
+class Recurrence(nn.Module):
+    """Base of recurrences: a subclass defines `step`, and `num_gates` if it projects its input to more than [..., D].
+
+    `fused` and `native_step` are for those that have a faster way than `step`, position by position; see GRU.
+    """
+
+    num_gates = 1
+    state_type: Any = GRUState
+    fused: Any = None
+    native_step: Any = None
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.input_proj = nn.Linear(size, self.num_gates * size)
+
+    def initial_state(self, x: Tensor) -> State:
+        """Return zeros for inputs [..., D]."""
+        return self.state_type(*(torch.zeros_like(x, dtype=torch.float32) for _ in self.state_type._fields))
+
+    def step(self, gates: Tensor, state: State) -> State:
+        """Return the state after one step, from the projected input [..., G·D]; its first field is h [..., D]."""
+        raise NotImplementedError
+
+
+class GRU(Recurrence):
     """Gated recurrent unit, Cho et al. 2014 (arXiv:1406.1078), in the form of torch.nn.GRUCell:
 
     r, z = σ(W x + U h)    n = tanh(W_n x + r ∘ U_n h)    h' = (1 - z) ∘ n + z ∘ h
     """
 
     num_gates = 3
-    state_type: Any = GRUState
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.input_proj = nn.Linear(size, self.num_gates * size)
+        super().__init__(size)
         self.add_state_projection(size)
 
     def add_state_projection(self, size: int) -> None:
@@ -100,7 +122,7 @@ class GRU(nn.Module):
 class DiagonalGRU(GRU):
     """A GRU whose recurrent matrices are diagonal: no channel reads another's state."""
 
-    native_step = None  # type: ignore[assignment]
+    native_step = None
 
     def add_state_projection(self, size: int) -> None:
         self.diagonal = Diagonal(size, self.num_gates)  # another name, since PEFT's default targets are found by name
@@ -124,7 +146,7 @@ class MinGRU(GRU):
     """
 
     num_gates = 2
-    native_step = None  # type: ignore[assignment]
+    native_step = None
 
     def add_state_projection(self, size: int) -> None:
         """It has none."""
@@ -154,7 +176,7 @@ class MinGRU(GRU):
         return h.to(x.dtype), GRUState(last(h, reverse))
 
 
-class LSTM(nn.Module):
+class LSTM(Recurrence):
     """Long short-term memory, Hochreiter & Schmidhuber 1997, in the form of torch.nn.LSTMCell:
 
     i, f, o = σ(W x + U h)    c' = f ∘ c + i ∘ tanh(W_g x + U_g h)    h' = o ∘ tanh(c')
@@ -164,8 +186,7 @@ class LSTM(nn.Module):
     state_type: Any = LSTMState
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.input_proj = nn.Linear(size, self.num_gates * size)
+        super().__init__(size)
         self.state_proj = nn.Linear(size, self.num_gates * size)
 
     def initial_state(self, x: Tensor) -> LSTMState:
@@ -198,7 +219,7 @@ class LSTM(nn.Module):
         return h, LSTMState(last(h, reverse), last_c[0])
 
 
-RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {
+RECURRENCES: dict[str, type[Recurrence]] = {
     "gru": GRU,
     "lstm": LSTM,
     "diagonal_gru": DiagonalGRU,
@@ -207,11 +228,13 @@ RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {
 
 
 def scan(
-    cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
+    cell: Recurrence, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
     """h_t [B, T, D] and the last state, over inputs [B, T, D]; where mask [B, T] is False nothing changes."""
     length = fixed_length(x.shape[1])
-    if length > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step is the cell itself
+    if (
+        length > 1 and cell.fused is not None and (can_fuse(cell, x) or can_compile(cell, x))
+    ):  # a single step is the cell itself
         return cell.fused(x, state, mask, reverse)
     decodes = length == 1 and mask is None and not torch.is_grad_enabled()
     if decodes and cell.native_step is not None and can_fuse(cell, x):
@@ -221,7 +244,7 @@ def scan(
 
 
 def scan_reference(
-    cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
+    cell: Recurrence, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
     """`scan`, position by position."""
     gates = cell.input_proj(x)
@@ -296,7 +319,7 @@ def last(h: Tensor, reverse: bool) -> Tensor:
     return h[:, 0 if reverse else -1]
 
 
-def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
+def can_fuse(cell: Recurrence, x: Tensor) -> bool:
     """torch's kernel reads the weights itself: only plain float32 layers, which no adapter wraps, may go there.
 
     The linear scan of a MinGRU reads none.
@@ -306,7 +329,7 @@ def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
     return all(is_plain(m, nn.Linear, x) for m in (cell.input_proj, getattr(cell, "state_proj", None)))
 
 
-def can_compile(cell: GRU | LSTM, x: Tensor) -> bool:
+def can_compile(cell: Recurrence, x: Tensor) -> bool:
     """A diagonal GRU has no kernel in torch, and may go to ours, which reads the diagonal itself."""
     return isinstance(cell, DiagonalGRU) and is_plain(cell.diagonal, Diagonal, x) and kernel("gru", x) is not None
 
@@ -380,6 +403,6 @@ class RecurrentStack(nn.Module):
             x = h
         return x
 
-    def run(self, cell: GRU | LSTM, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def run(self, cell: Recurrence, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """One layer forwards: h [B, T, D] and its last state."""
         return scan(cell, x, state, context.mask)

@@ -32,6 +32,7 @@ from .feedback_encoders import ENCODERS
 from .feedback_files import check_download, check_sums, check_whole, drop_sums, write_sums
 from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
+from .feedback_registry import import_parts
 from .feedback_rules import check_windows
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -101,6 +102,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
             )
+        if kwargs.get("trust_remote_code"):
+            import_parts(pretrained_model_name_or_path, **kwargs)
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_sums(folder)
