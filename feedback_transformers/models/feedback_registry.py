@@ -69,7 +69,7 @@ def register(field: str, name: str) -> Callable[[Part], Part]:
 
     def enter(part: Part) -> Part:
         recurrent = field == "feedback_type" and issubclass(part, Recurrence)
-        registry = RECURRENCES if recurrent else REGISTRIES[field]
+        registry: dict[str, Any] = RECURRENCES if recurrent else REGISTRIES[field]
         known = registry.get(name)
         if name in CHOICES[field] and getattr(known, "__qualname__", None) != part.__qualname__:
             raise ValueError(f"There is a {field} {name!r} already: choose another name.")

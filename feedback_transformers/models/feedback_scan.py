@@ -122,7 +122,7 @@ class GRU(Recurrence):
 class DiagonalGRU(GRU):
     """A GRU whose recurrent matrices are diagonal: no channel reads another's state."""
 
-    native_step = None
+    native_step = None  # type: ignore[assignment]
 
     def add_state_projection(self, size: int) -> None:
         self.diagonal = Diagonal(size, self.num_gates)  # another name, since PEFT's default targets are found by name
@@ -146,7 +146,7 @@ class MinGRU(GRU):
     """
 
     num_gates = 2
-    native_step = None
+    native_step = None  # type: ignore[assignment]
 
     def add_state_projection(self, size: int) -> None:
         """It has none."""
