@@ -1,4 +1,4 @@
-"""The whole story in ten minutes on two CPU cores: `make demo`.
+"""Tell the whole story in ten minutes on two CPU cores: `make demo`.
 
 A language model that feeds its own state back is trained beside its feed-forward control, adapted to another text,
 exported, loaded again and asked to write. Every chapter that trains is one of the other examples; its command is
@@ -18,11 +18,11 @@ from typing import Any
 import finetune_lora
 import run_classification
 import run_clm
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
 from feedback_transformers import data, hub, visualize
 from feedback_transformers.training import scripts
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 THINKING = (1, 2, 3, 4, 6, 8, 12)  # feedback steps to evaluate at
 CONTROL = "feedback_signal=none"
@@ -32,7 +32,7 @@ SMOKE = {"output_dir": "runs/smoke/demo", "threads": 1}
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "For everything that is written."})
-    train_steps: int = field(default=1200, metadata={"help": "Training steps of each language model."})
+    train_steps: int = field(default=600, metadata={"help": "Training steps of each language model."})
     lora_steps: int = field(default=200, metadata={"help": "Training steps of the adapter."})
     epochs: float = field(default=3, metadata={"help": "Epochs of the classifier."})
     threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch; it decides by default."})
@@ -40,12 +40,16 @@ class DemoArguments:
     smoke: bool = field(default=False, metadata={"help": "A run of seconds, to see that everything works."})
 
 
+START = time.time()
+
+
 def chapter(title: str, text: str) -> None:
-    print(f"\n\n=== {title} ===\n{text}\n", flush=True)
+    """Print the heading of a chapter, and how long the demo has run by now."""
+    print(f"\n\n=== {title} === ({(time.time() - START) / 60:.1f} minutes so far)\n{text}\n", flush=True)
 
 
 def run(script: Any, smoke: bool, **flags: Any) -> dict[str, Any]:
-    """Runs an example with these flags; returns all that it measured."""
+    """Run an example with these flags, and return all that it measured."""
     arguments = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
     arguments += ["--smoke"] if smoke else []
     print("$", shlex.join(["python", f"examples/{script.__name__}.py", *arguments]), flush=True)
@@ -59,7 +63,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def loss_by_steps(model: torch.nn.Module, blocks: torch.Tensor) -> dict[int, float]:
-    """The loss on `blocks` [N, T] with more or less thinking."""
+    """Return the loss on `blocks` [N, T] by the number of feedback steps."""
     return {
         steps: model(blocks, labels=blocks, num_feedback_steps=steps, use_cache=False).loss.item()
         for steps in THINKING
@@ -74,7 +78,7 @@ def table(rows: Sequence[Sequence[Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
     (args,) = scripts.parse((DemoArguments,), arguments, smoke=SMOKE)
-    start, output = time.time(), Path(args.output_dir)
+    output = Path(args.output_dir)
     names = ("feedback", "control", "lora", "sentiment", "model", "tokenizer")
     folders = {name: output / name for name in names}
     if args.threads:
@@ -84,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     def example(script: Any, name: str, **flags: Any) -> dict[str, Any]:
         return run(script, args.smoke, output_dir=folders[name], seed=args.seed, **flags)
 
-    tiny = f",{run_clm.SMOKE['config_overrides']}" if args.smoke else ""
+    tiny = f",{scripts.recipes.TINY['config_overrides']}" if args.smoke else ""
 
     def unless_smoke(value: Any) -> Any:
         return None if args.smoke else value
@@ -108,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         "eval_steps": unless_smoke(max(1, args.train_steps // 6)),
         "max_eval_samples": unless_smoke(512),
         "save_strategy": "no",
+        "learning_rate": 2e-3,
+        "muon_learning_rate": 0,  # AdamW alone: Muon's bfloat16 products are slow on CPUs without such instructions
     }
     models = {
         "feedback": example(run_clm, "feedback", **training),
@@ -183,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     )
     print(reader.decode(written[0], skip_special_tokens=True))
 
-    chapter("7. What is left", f"After {(time.time() - start) / 60:.1f} minutes, in {output}:")
+    chapter("7. What is left", f"All files are in {output}:")
     files = {
         output / "loss_curves.png": "both models in training",
         output / "predictions_over_steps.png": "how a prediction changes over the feedback steps",

@@ -79,7 +79,7 @@ CONFIGS = [
     ({"pad_token_id": -1}, "pad_token_id is -1; it must be at least 0 and below vocab_size"),
     ({"solver": "jacobi"}, "in depth use 'sequential'"),
     ({"feedback_interval": 2}, "it needs feedback_axis='time'; set it to 1"),
-    ({"feedback_connection": "memory"}, "needs feedback_type='transformer', feedback_axis='time'"),
+    ({"feedback_connection": "memory"}, "'memory' needs feedback_axis='time'."),
     ({"feedback_connection": "memory", "feedback_axis": "time", "feedback_interval": 2}, "set feedback_interval=1"),
     (
         {"feedback_connection": "memory", "feedback_axis": "time", "feedback_signal": "output"},
@@ -324,8 +324,8 @@ def test_several_classes_of_one_token():
 
 def test_images_and_series_of_another_shape():
     model = build(FeedbackForImageClassification, embedding_type="patches", is_causal=False, image_size=8)
-    with pytest.raises(ValueError, match=r"pixel_values are \(3, 8, 8\); this model takes \(1, 8, 8\)"):
-        model(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"pixel_values are \(2, 8, 8\); this model takes \(1, 8, 8\)"):
+        model(torch.zeros(2, 2, 8, 8))
     with pytest.raises(ValueError, match="needs at least two time steps"):
         build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 1))
     with pytest.raises(ValueError, match="past_values have 3 channels and this model 1"):

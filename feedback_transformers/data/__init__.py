@@ -13,14 +13,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .images import mnist_5k
-from .series import electricity, one_series, windows
+from .series import electricity, windows
 from .text import aws_docs, modern_bible, movie_sentiment, python_docs, shakespeare
 from .tokenizers import blocks, characters, subwords
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-__all__ = ["DATASETS", "blocks", "characters", "load", "one_series", "subwords", "windows"]
+__all__ = ["DATASETS", "blocks", "characters", "load", "subwords", "windows"]
 
 DATASETS: dict[str, Callable[[], DatasetDict]] = {
     "shakespeare": shakespeare,

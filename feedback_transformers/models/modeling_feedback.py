@@ -8,31 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
-from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, ModelOutput
+from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import PACKED, check_positions, check_types, named_arguments
-from .feedback_backbones import BACKBONES, base_class, initialize
+from .feedback_backbones import BACKBONES, attention_of, base_class
 from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
-from .feedback_files import check_download, check_sums, check_whole, drop_sums, write_sums
+from .feedback_layers import TransformerStack
 from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
-from .feedback_registry import import_parts
+from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -73,112 +67,6 @@ def multiply(x: Tensor, matrix: Tensor) -> Tensor:
     return nn.functional.linear(x, matrix.t()) if matrix.ndim == 2 else x @ matrix
 
 
-class FeedbackPreTrainedModel(PreTrainedModel):
-    config: FeedbackConfig
-    config_class = FeedbackConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["FeedbackLoop"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    # Weights of checkpoints of 0.1.0 that have other names now. PEFT knows tied embeddings by the name `embed_tokens`.
-    renamed: ClassVar[dict[str, str]] = {r"embeddings\.tokens\.": "embeddings.embed_tokens."}
-    sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
-    loss_arguments: ClassVar[tuple[str, ...]] = ()  # what `forward(**kwargs)` takes beyond its signature
-    unread: ClassVar[dict[str, str]] = {}  # arguments of other models that this one rejects, and what to do instead
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as transformers does, from safetensors alone: a pickle could run code.
-
-        Raises:
-            ValueError: the checkpoint lacks weights of the body, and `ignore_mismatched_sizes=True` does not say that
-                they may be new, as those of a head may.
-            OSError: the weights are not what was saved (SHA256SUMS), or not what the Hub announced.
-        """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError(
-                "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
-            )
-        if kwargs.get("trust_remote_code"):
-            import_parts(pretrained_model_name_or_path, **kwargs)
-        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        if folder.is_dir():
-            check_sums(folder)
-        kwargs["key_mapping"] = FeedbackPreTrainedModel.renamed | cls.renamed | (kwargs.get("key_mapping") or {})
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
-        revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")
-        path = f"{kwargs.get('subfolder', '')}/{CONFIG_NAME}".lstrip("/")
-        if not Path(name := str(config.name_or_path)).is_dir():
-            found = try_to_load_from_cache(name, path, kwargs.get("cache_dir"), revision)
-            if isinstance(found, str):
-                check_download(Path(found).parent)
-        return loaded
-
-    @staticmethod
-    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """Reject a body with holes before transformers lists them, each in a line of its own."""
-        if not load_config.ignore_mismatched_sizes:
-            model.mark_tied_weights_as_initialized(loading_info)  # which also takes shared modules off the list
-            check_whole(model, loading_info.missing_keys)
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """Save the model as transformers does, and note the weights in SHA256SUMS, so that damage to them is seen."""
-        if is_main_process:
-            drop_sums(save_directory)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            write_sums(save_directory)
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload what push_to_hub writes; the package adds a card, and a checkpoint's copy of the code does not."""
-        write_sums(working_dir)
-        if __name__.startswith("feedback_transformers."):
-            import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # the borrowed layers ask the interface of their config, which is a sub-config of ours
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the embeddings of tokens, as in transformers; reject a model that has none."""
-        if self.config.embedding_type != "tokens":
-            raise ValueError(f"A model of {self.config.embedding_type} has no vocabulary that could be resized.")
-        return super().resize_token_embeddings(*args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if type(module).__module__.startswith("transformers.models."):
-            initialize(self.config.backbone_config, module)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, Conv1D):  # of GPT-2 layers, which the default leaves out
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif hasattr(module, "init_parameters"):  # our modules with parameters of their own
-            module.init_parameters()
-
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """Leave the layers within the loop out: it checkpoints whole passes, and they would drop their memory."""
-        checkpoint = kwargs.get("gradient_checkpointing_func")
-        if enable and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-            raise ValueError("A feedback loop can't be checkpointed with use_reentrant=True: set it to False.")
-        super()._set_gradient_checkpointing(enable, **kwargs)
-        for model in (module for module in self.modules() if isinstance(module, FeedbackModel)):
-            parts = [model.loop.cell]
-            in_time = self.config.feedback_axis == "time"
-            if in_time and self.config.feedback_signal == "output":  # it decodes as it goes
-                parts.append(model.encoder if model.decoder is None else model.decoder)
-            for layer in (layer for part in parts for layer in part.modules()):
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing = False
-
-
 class FeedbackModel(FeedbackPreTrainedModel):
     """Compute embeddings -> encoder -> loop (connection, cell) and decoder -> y [B, T, D]."""
 
@@ -186,8 +74,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         super().__init__(config)
         config.validate_architecture()  # fields may have been set since it was made
         retrofitted = config.retrofitted_from is not None
-        softcapped = retrofitted and not base_class(config.backbone_config)._supports_sdpa
-        config.backbone_config._attn_implementation = "eager" if softcapped else config._attn_implementation
+        config.backbone_config._attn_implementation = attention_of(config, config._attn_implementation)
         self.embeddings = EMBEDDINGS[config.embedding_type](config)
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
         self.positions: nn.Module | None = None
@@ -257,7 +144,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
 
     def encode(self, embedded: Tensor, context: Context) -> Tensor:
         """Return e [B, T, D], the encoded embeddings."""
-        return self.encoder(embedded, context.for_part("encoder"))
+        return self.run_stack(self.encoder, embedded, context.for_part("encoder"))
 
     def encode_source(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
@@ -277,7 +164,14 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def decode(self, h: Tensor, context: Context) -> Tensor:
         """Return y = g(h) [B, T, D]."""
         decoder = self.encoder if self.decoder is None else self.decoder
-        return self.norm(decoder(h, context))
+        in_loop = self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
+        return self.norm(decoder(h, context) if in_loop else self.run_stack(decoder, h, context))
+
+    def run_stack(self, stack: nn.Module, x: Tensor, context: Context) -> Tensor:
+        """Run a stack, and recompute it under gradient checkpointing, as transformer layers do themselves."""
+        if isinstance(stack, TransformerStack):
+            return stack(x, context)
+        return self.loop.checkpoint(stack, context, x, context)
 
     def predict(self, y: Tensor) -> Tensor:
         """Return E y [B, T, V], the logits of a head with tied embeddings, where the model has no head."""

@@ -147,7 +147,6 @@ class FeedbackGenerationMixin(GenerationMixin):
     model: FeedbackModel
     config: FeedbackConfig
     training: bool
-    _is_stateful = True  # a feedback state can't be undone, so assisted decoding is refused
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -195,8 +194,12 @@ class FeedbackGenerationMixin(GenerationMixin):
             input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
         )
 
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("Assisted decoding takes tokens back, and a feedback state can't be undone: leave it out.")
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching, which generate_batch and cache_implementation='paged' end in."""
+        raise ValueError(
+            "Continuous batching pages keys and values, and a feedback model keeps states too: use generate() on a "
+            "padded batch instead."
+        )
 
 
 class FeedbackLMHead(FeedbackHead):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -13,7 +12,7 @@ from .files import read_files
 from .rows import check_columns, filled, split_off, without_labels
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict, IterableDatasetDict
+    from datasets import DatasetDict, IterableDatasetDict
 
 
 @dataclass
@@ -47,13 +46,34 @@ class DataArguments:
         given = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
         return {split: name for split, name in given.items() if name is not None}
 
+    def read(self, words: bool = False) -> DatasetDict:
+        """Return the data as it is in its files or under its name; `words` as in `read_files`.
+
+        Raises:
+            FileNotFoundError, ValueError: the data is missing, damaged or empty.
+        """
+        from datasets import load_dataset
+
+        if self.files:
+            dataset = read_files(self.files, words)
+        elif self.dataset_name is None:
+            raise ValueError("There is no data: give --dataset_name or --train_file.")
+        elif self.dataset_name in data.DATASETS:
+            dataset = data.load(self.dataset_name)
+        else:
+            self._refuse_misspelled()
+            dataset = load_dataset(self.dataset_name, self.dataset_config_name)
+        for split, rows in dataset.items():
+            if len(rows) == 0:
+                raise ValueError(f"The {split} data of {self.files.get(split, self.dataset_name)} has no examples.")
+        return dataset
+
     def load(
         self,
         shuffle: bool = True,
         texts: dict[str, str] | None = None,
         labels: dict[str, list[str]] | None = None,
         trains: bool = True,
-        prepare: Callable[[Dataset], Dataset] | None = None,
     ) -> DatasetDict:
         """Return the data set with `train`, `validation` and perhaps `test`. Files win over a name.
 
@@ -65,26 +85,12 @@ class DataArguments:
             labels: the columns that must hold a label, by the flag that names them. A split that is drawn has each
                 class in the same share. The test data may lack them all, as data to predict.
             trains: whether there must be train and validation data; without, files may be given for a test alone.
-            prepare: changes the rows of each split, before a missing validation split is cut off.
 
         Raises:
             FileNotFoundError, ValueError: the data is missing, damaged, empty or lacks a column.
         """
-        from datasets import load_dataset
-
-        files = self.files
-        if files:
-            dataset = read_files(files, words=texts is not None)
-        elif self.dataset_name is None:
-            raise ValueError("There is no data: give --dataset_name or --train_file.")
-        elif self.dataset_name in data.DATASETS:
-            dataset = data.load(self.dataset_name)
-        else:
-            self._refuse_misspelled()
-            dataset = load_dataset(self.dataset_name, self.dataset_config_name)
+        dataset, files = self.read(words=texts is not None), self.files
         for split, rows in dataset.items():
-            if len(rows) == 0:
-                raise ValueError(f"The {split} data of {files.get(split, self.dataset_name)} has no examples.")
             known = labels or {}
             alone = without_labels(rows, [x for names in known.values() for x in names]) if split == "test" else None
             if alone is not None:
@@ -99,9 +105,6 @@ class DataArguments:
             check_columns(dataset, **texts)
         if "train" not in dataset and (trains or "validation" in dataset):
             raise ValueError("There is no train data, which tells what to prepare for: give --train_file too.")
-        if prepare is not None:
-            for split, rows in dataset.items():
-                dataset[split] = prepare(rows)
         if "train" in dataset and "validation" not in dataset:
             share = self.validation_split_percentage / 100
             if len(dataset["train"]) * share < 1:

@@ -7,6 +7,8 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .images import read_images
+
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
@@ -29,7 +31,7 @@ def read_files(given: dict[str, str], words: bool = False, streaming: bool = Fal
     dataset = DatasetDict()
     for split, name in given.items():
         paths = files_of(name)
-        dataset[split] = read_rows(name, paths, words, streaming) if paths else read_images(name, streaming)
+        dataset[split] = read_rows(name, paths, words, streaming) if paths else read_images(name, split == "test")
     return dataset
 
 
@@ -55,13 +57,6 @@ def files_of(name: str) -> list[Path]:
 def ending(file: Path) -> str:
     """Return the ending of a file's name, without its dot."""
     return file.suffix.lstrip(".").lower()
-
-
-def read_images(folder: str, streaming: bool) -> Any:
-    """Read a folder with a folder of images for each class."""
-    from datasets import load_dataset
-
-    return load_dataset("imagefolder", data_dir=folder, split="train", streaming=streaming)
 
 
 def read_rows(name: str, paths: list[Path], words: bool, streaming: bool) -> Dataset | IterableDataset:

@@ -191,3 +191,108 @@ RETROFIT = Recipe(
     },
     smoke={**SMALL_CHECKPOINT, "output_dir": "runs/smoke/retrofit", "max_steps": 4, "save_steps": 2},
 )
+
+CHATS = Recipe(
+    training={
+        "output_dir": "runs/chats",
+        "max_steps": 1000,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0.05,
+        "eval_strategy": "steps",
+        "eval_steps": 500,
+        "save_steps": 500,
+        "assistant_only_loss": True,
+        "bf16": False,
+        "gradient_checkpointing": None,  # not at all: TRL's own default, for large models
+        "packing": False,  # the feedback of a chat would reach the next one in its row
+    },
+    smoke={
+        **TINY,
+        "output_dir": "runs/smoke/chats",
+        "max_steps": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "max_train_samples": 32,
+        "max_eval_samples": 8,
+        "per_device_train_batch_size": 4,
+    },
+)
+
+IMAGES = Recipe(
+    architecture={
+        "feedback_axis": "depth",
+        "feedback_type": "conv",
+        "feedback_connection": "gate",
+        "encoder_type": "cnn",
+        "decoder_type": "mlp",
+        "num_encoder_layers": 2,
+        "num_feedback_layers": 1,
+        "num_decoder_layers": 1,
+        "num_feedback_steps": 4,
+        "supervision": "all",
+        "initializer_range": 0.06,
+        "dropout": 0.1,
+    },
+    sizes={"hidden_size": 96, "intermediate_size": 128},
+    training={
+        "output_dir": "runs/image-classification",
+        "dataset_name": "mnist-5k",
+        "num_train_epochs": 30,
+        "per_device_train_batch_size": 64,
+        "per_device_eval_batch_size": 250,
+        "learning_rate": 4e-3,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.1,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "auto",  # loss, accuracy or f1_macro, as the images are
+        "remove_unused_columns": False,  # the pixels are made of the image column
+    },
+    smoke={
+        "output_dir": "runs/smoke/image-classification",
+        "num_train_epochs": 1,
+        "max_train_samples": 32,
+        "max_eval_samples": 20,
+        "per_device_train_batch_size": 16,
+        "logging_steps": 1,
+        "config_overrides": "hidden_size=16,intermediate_size=32",
+    },
+)
+
+FORECASTING = Recipe(
+    architecture={
+        "feedback_axis": "depth",
+        "feedback_type": "transformer",
+        "feedback_connection": "gate",
+        "num_feedback_steps": 3,
+        "num_encoder_layers": 1,
+        "num_feedback_layers": 1,
+        "num_decoder_layers": 1,
+    },
+    sizes={"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
+    training={
+        "output_dir": "runs/forecasting",
+        "dataset_name": "electricity",
+        "max_steps": 1000,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 128,
+        "learning_rate": 3e-3,
+        "warmup_steps": 0.05,
+        "weight_decay": 0.05,
+        "eval_strategy": "steps",
+        "eval_steps": 500,
+        "save_steps": 500,
+        "label_names": ["future_values"],
+    },
+    smoke={
+        "output_dir": "runs/smoke/forecasting",
+        "max_steps": 2,
+        "max_train_samples": 16,
+        "max_eval_samples": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "config_overrides": "hidden_size=16,intermediate_size=32",
+    },
+)

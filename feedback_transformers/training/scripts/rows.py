@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SHOWN = 5  # lines that an error names
+FEWEST = 4  # rows of a class from which one is taken for validation, however small the share
 
 
 def check_columns(dataset: Any, texts: bool = True, **columns: str) -> None:
@@ -91,7 +92,8 @@ def split_off(rows: Dataset, share: float, shuffle: bool, by: str | None = None)
 
     Args:
         shuffle: draw the second part at random; otherwise it is the end.
-        by: a column of classes. Each class then has the same share in both parts.
+        by: a column of classes. Each class then has the same share in both parts, and a class of at least
+            `FEWEST` rows has one in the second part.
     """
     values = list(rows[by]) if by is not None and shuffle else []
     classes = [] if any(isinstance(value, float | list | dict) for value in values) else [str(x) for x in values]
@@ -105,5 +107,8 @@ def split_off(rows: Dataset, share: float, shuffle: bool, by: str | None = None)
     chosen = order[
         ((np.arange(number) + 0.5) * len(order) / number).astype(int)
     ]  # of each class its share; the only row of a class stays in train
+    there = {classes[row] for row in chosen}
+    lacking = [name for name, count in counts.items() if count >= FEWEST and name not in there]
+    chosen = np.append(chosen, [next(row for row in order if classes[row] == name) for name in lacking]).astype(int)
     rest = np.setdiff1d(mixed, chosen)
     return rows.select(np.random.default_rng(0).permutation(rest)), rows.select(np.sort(chosen))

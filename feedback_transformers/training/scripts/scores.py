@@ -90,8 +90,12 @@ def draw_confusion(names: list[str], answers: np.ndarray, labels: np.ndarray, pa
     return path
 
 
-def write_predictions(targets: Targets, logits: np.ndarray, texts: Sequence[str], path: Path) -> None:
+def write_predictions(
+    targets: Targets, logits: np.ndarray, texts: Sequence[str], path: Path, kind: str = "text"
+) -> None:
     """Write a csv file with a row for each text: the text, the prediction, and its probability.
+
+    `kind` is the header of the first column, such as image where paths stand in it.
 
     Several classes of a row are joined by |. Numbers have a column each, and no probability.
     """
@@ -100,17 +104,17 @@ def write_predictions(targets: Targets, logits: np.ndarray, texts: Sequence[str]
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         if targets.problem == NUMBERS:
-            writer.writerow(["text", *names])
+            writer.writerow([kind, *names])
             writer.writerows([text, *row] for text, row in zip(texts, answers.reshape(len(texts), -1), strict=True))
         elif targets.problem == SINGLE:
             exponents = np.exp(logits - logits.max(-1, keepdims=True))
             sure = exponents.max(-1) / exponents.sum(-1)
-            writer.writerow(["text", "prediction", "probability"])
+            writer.writerow([kind, "prediction", "probability"])
             writer.writerows(
                 [text, names[answer], f"{p:.4f}"] for text, answer, p in zip(texts, answers, sure, strict=True)
             )
         else:
-            writer.writerow(["text", "prediction"])
+            writer.writerow([kind, "prediction"])
             chosen = ["|".join(name for name, there in zip(names, row, strict=True) if there) for row in answers]
             writer.writerows(zip(texts, chosen, strict=True))
     print(f"{len(texts):,} predictions are in {path}")
