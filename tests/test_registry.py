@@ -1,6 +1,7 @@
 """Parts that a user's own file registers: they are built, trained and saved, and load where that file is not."""
 
 import importlib
+import re
 import subprocess
 import sys
 import textwrap
@@ -16,31 +17,8 @@ from feedback_transformers import FeedbackForCausalLM, FeedbackModel, register
 from feedback_transformers.models import feedback_names, feedback_registry
 from feedback_transformers.models.feedback_scan import scan, scan_reference
 
-LEAKY = '''
-"""A leaky integrator, Jaeger et al. 2007: h' = (1 - a) h + a tanh(W x + U h)."""
-
-import torch
-from torch import nn
-
-from feedback_transformers import register
-from feedback_transformers.models.feedback_scan import GRUState, Recurrence
-
-
-@register("feedback_type", "leaky")
-class Leaky(Recurrence):
-    def __init__(self, size):
-        super().__init__(size)
-        self.state_proj = nn.Linear(size, size, bias=False)
-        self.leak = nn.Parameter(torch.empty(size))
-
-    def init_parameters(self):
-        nn.init.zeros_(self.leak)
-
-    def step(self, gates, state):
-        a = torch.sigmoid(self.leak)
-        new = torch.tanh(gates + self.state_proj(state.h.to(gates.dtype)))
-        return GRUState(torch.lerp(state.h, new.float(), a))
-'''
+CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+(LEAKY,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
 PARTS = """
 import torch
 from torch import nn
