@@ -7,6 +7,7 @@ import transformers
 from . import quiet  # noqa: F401 - before transformers, which imports torchao
 from .models.configuration_feedback import MODELING, PRESETS, FeedbackConfig
 from .models.feedback_cache import FeedbackCache
+from .models.feedback_registry import register
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
 from .models.modeling_feedback_image import FeedbackForImageClassification
 from .models.modeling_feedback_seq2seq import FeedbackForConditionalGeneration
@@ -35,6 +36,7 @@ __all__ = [
     "FeedbackForTokenClassification",
     "FeedbackModel",
     "FeedbackPreTrainedModel",
+    "register",
     "retrofit",
     "unretrofit",
 ]

@@ -120,7 +120,7 @@ def prepare(tuner: type[BaseTuner], model: nn.Module, config: Any) -> None:
 def check_activated(model: nn.Module, config: Any) -> None:
     """Reject activated LoRA where the loop goes position by position.
 
-    It switches itself on by counting positions from the end of what a layer is given, which there is a single position.
+    It switches itself on by counting positions from the end of what a layer is given, a single position.
     """
     loop: Any = model.config  # type: ignore[assignment]
     if getattr(config, "alora_invocation_tokens", None) and loop.feedback_axis == "time" and not loop.in_passes:
@@ -150,8 +150,8 @@ def number_layers(tuner: type[BaseTuner], model: nn.Module, config: Any) -> None
             numbers[name] = first[found[1]] + int(found[2])
     if missing := sorted(wanted - set(numbers.values())):
         raise ValueError(
-            f"layers_to_transform names {missing}, but this model has the layers 0 to {max(numbers.values())}, counted "
-            "through encoder, loop and decoder."
+            f"layers_to_transform names {missing}, but this model has the layers 0 to {max(numbers.values())}, "
+            "counted through encoder, loop and decoder."
         )
     config.layers_to_transform = config.layers_pattern = None
     target = with_targets(tuner, config)

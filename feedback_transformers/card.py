@@ -171,7 +171,7 @@ def training_facts(trainer: Trainer) -> dict[str, Any]:
     repository = getattr(trainer, "hub_model_id", None) or trainer.args.hub_model_id
     if repository:
         facts["repository"] = repository
-    started_from = trainer.model.name_or_path  # type: ignore[union-attr]
+    started_from = str(trainer.model.name_or_path)  # type: ignore[union-attr]
     if is_repository(started_from) and started_from != repository:
         facts["base_model"] = started_from
     return facts

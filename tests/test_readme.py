@@ -1,4 +1,4 @@
-"""README and docs: their Python runs, block after block of a page, in an empty folder; their commands name what exists."""
+"""README and docs: the Python of each page runs, block after block, and its commands name what exists."""
 
 import re
 from pathlib import Path

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .feedback_names import NOT_OF_LAYERS, RETROFIT_TYPES, model_type_of, shared_names
+from .feedback_names import CHOICES, NOT_OF_LAYERS, REGISTERED, RETROFIT_TYPES, model_type_of, shared_names
 from .feedback_presets import PRESETS
 from .feedback_rules import check, check_given, check_sizes
 
@@ -77,6 +77,21 @@ def make_backbone(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     if "sliding_attention" in (values.get("layer_types") or ()):
         backbone.sliding_window = values.get("sliding_window")  # Qwen drops it where use_sliding_window is False
     return backbone
+
+
+def import_plugins() -> None:
+    """Import the registered parts that came with this checkpoint; they import this module, so not while it loads."""
+    from .feedback_plugins import PLUGINS  # noqa: F401
+
+
+def write_plugins(folder: Path, parts: dict[str, str]) -> None:
+    """Write the files of registered parts, text by file name, and what imports them."""
+    for name, text in parts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if parts:
+        imports = "".join(f"from .{name.removesuffix('.py')} import *  # noqa: F403\n" for name in sorted(parts))
+        manifest = f"{imports}\nPLUGINS = {tuple(sorted(parts))}\n"
+        (folder / "feedback_plugins.py").write_text(manifest, encoding="utf-8")
 
 
 @strict
@@ -155,6 +170,7 @@ class FeedbackConfig(PreTrainedConfig):
         share_encoder_decoder: whether the encoder's layers are the decoder's too.
         shared_step_cache: whether all passes in depth share one cache of keys and values, which holds those of the
             last pass. It makes generation take no more memory than one pass, with other results.
+        plugins: files of registered parts (`register`) that come along with a checkpoint; the config sets it.
         retrofitted_from: class of transformers that `feedback_transformers.retrofit` made this model from; set by it.
             `backbone_config` then describes all of the original, whose first `num_encoder_layers` layers are the
             encoder and whose last `num_decoder_layers` are the decoder.
@@ -254,6 +270,7 @@ class FeedbackConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None
+    plugins: list[str] | None = None
     format_version: int = 1
 
     @classmethod
@@ -269,6 +286,9 @@ class FeedbackConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.auto_map = dict(AUTO_MAP)
         kwargs.pop("auto_map", None)
+        import_plugins()
+        files = {name for name, _ in self.registered_parts()}
+        self.plugins = sorted(files) if files else self.plugins
         self._refuse_misspelled(kwargs)
         check_given(self, kwargs)
         whole = self.retrofitted_from is not None
@@ -335,6 +355,11 @@ class FeedbackConfig(PreTrainedConfig):
         for file in Path(__file__).parent.glob("*.py"):
             if file.name != "__init__.py" and file.parent != Path(save_directory).resolve():
                 shutil.copyfile(file, Path(save_directory) / file.name)
+        write_plugins(Path(save_directory), dict(self.registered_parts()))
+
+    def registered_parts(self) -> list[tuple[str, str]]:
+        """Return the file names and texts of the registered parts that this config names."""
+        return [REGISTERED[field, name] for field in CHOICES if (field, name := getattr(self, field)) in REGISTERED]
 
     def _backbone(self, given: str | dict | PreTrainedConfig | None) -> PreTrainedConfig:
         """Return the config of the borrowed layers; sizes in `given` are copied here, all others come from here."""

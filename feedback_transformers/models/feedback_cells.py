@@ -20,7 +20,7 @@ from .feedback_backbones import family_member
 from .feedback_cache import Context, KeyValueSlots
 from .feedback_layers import ConvStack, MLPStack, TransformerStack
 from .feedback_newton import newton
-from .feedback_scan import RecurrentStack
+from .feedback_scan import RECURRENCES, RecurrentStack
 
 State = tuple[Any, ...] | None  # a GRUState or LSTMState for each layer
 
@@ -152,10 +152,7 @@ class MemoryTransformerCell(TransformerCell):
 
 CELLS: dict[str, type[nn.Module]] = {
     "mlp": MLPCell,
-    "gru": RecurrentCell,
-    "lstm": RecurrentCell,
-    "diagonal_gru": RecurrentCell,
-    "min_gru": RecurrentCell,
+    **dict.fromkeys(RECURRENCES, RecurrentCell),
     "conv": ConvCell,
     "transformer": TransformerCell,
 }

@@ -4,15 +4,15 @@ from typing import Any
 
 EMBEDDING_TYPES = ("tokens", "patches", "values")
 ENCODER_TYPES = ("transformer", "rnn", "cnn")
-FEEDBACK_TYPES = ("mlp", "gru", "lstm", "diagonal_gru", "min_gru", "conv", "transformer")
-RECURRENT_TYPES = ("gru", "lstm", "diagonal_gru", "min_gru")
+RECURRENT_TYPES = ["gru", "lstm", "diagonal_gru", "min_gru"]  # those of RECURRENCES; `register` adds to them
+FEEDBACK_TYPES = ("mlp", *RECURRENT_TYPES, "conv", "transformer")
 DIAGONAL_TYPES = ("diagonal_gru", "min_gru")  # no channel reads another's state
 DECODER_TYPES = ("mlp", "rnn", "transformer")
 BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "gpt2")
 BIDIRECTIONAL_TYPES = ("bert", "roberta")
 # A retrofit keeps the whole model, so its layers may differ from each other.
 RETROFIT_TYPES = (*BACKBONE_TYPES, "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", *BIDIRECTIONAL_TYPES)
-CHOICES = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "embedding_type": EMBEDDING_TYPES,
     "encoder_type": ENCODER_TYPES,
     "feedback_type": FEEDBACK_TYPES,
@@ -25,6 +25,8 @@ CHOICES = {
     "halting": ("fixed", "converged", "learned", "act"),
     "halting_measure": ("state", "prediction"),
 }
+# The source of registered parts, which goes along with checkpoints: field and name -> file name and text.
+REGISTERED: dict[tuple[str, str], tuple[str, str]] = {}
 
 # Names that backbones have for fields of FeedbackConfig, where they differ; None where a backbone has no such field.
 BACKBONE_NAMES: dict[str, dict[str, str | None]] = {

@@ -18,13 +18,13 @@ from torch.autograd.function import Function
 from transformers.utils import logging
 
 from .feedback_cache import wide
-from .feedback_scan import GRU, LSTM, DiagonalGRU, GRUState, MinGRU, last, linear_scan, scan
+from .feedback_scan import GRU, DiagonalGRU, GRUState, MinGRU, Recurrence, last, linear_scan, scan
 
 logger = logging.get_logger(__name__)
 
 
 def newton(
-    cell: GRU | LSTM,
+    cell: Recurrence,
     x: Tensor,
     state: GRUState,
     mask: Tensor | None = None,

@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import attention_of, initialize
 from .feedback_files import check_download, check_sums, drop_sums, finish_save, replaced_weights
+from .feedback_registry import import_parts
 
 # Parts that may be added to the body of a trained model, with new weights. A head is outside of the body.
 ADDED = ("loop.halting.", "loop.cross_attention.")
@@ -82,6 +83,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
             )
+        if kwargs.get("trust_remote_code"):
+            import_parts(pretrained_model_name_or_path, **kwargs)
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_sums(folder)

@@ -118,7 +118,15 @@ def numbers(config: Any) -> Iterator[str]:
         )
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
-            yield f"Unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}."
+            came = (
+                ""
+                if not config.plugins
+                else (
+                    f" Its code came along in {', '.join(config.plugins)}: import that file, or load the model with "
+                    "trust_remote_code=True and from_pretrained of a FeedbackFor... class."
+                )
+            )
+            yield f"Unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}.{came}"
     if config.hidden_act != "rrelu" and config.hidden_act not in ACT2FN:
         yield f"Unknown hidden_act {config.hidden_act!r}; choose rrelu or one of {', '.join(ACT2FN)}."
     for name, least in AT_LEAST.items():

@@ -52,18 +52,40 @@ class Diagonal(nn.Module):
         return (h.unsqueeze(-2) * self.weight).flatten(-2)
 
 
-class GRU(nn.Module):
+class Recurrence(nn.Module):
+    """Base of recurrences: a subclass defines `step`, and `num_gates` if it projects its input to more than [..., D].
+
+    `fused` and `native_step` are for those that have a faster way than `step`, position by position; see GRU.
+    """
+
+    num_gates = 1
+    state_type: Any = GRUState
+    fused: Any = None
+    native_step: Any = None
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.input_proj = nn.Linear(size, self.num_gates * size)
+
+    def initial_state(self, x: Tensor) -> State:
+        """Return zeros for inputs [..., D]."""
+        return self.state_type(*(wide(torch.zeros_like(x)) for _ in self.state_type._fields))
+
+    def step(self, gates: Tensor, state: State) -> State:
+        """Return the state after one step, from the projected input [..., G·D]; its first field is h [..., D]."""
+        raise NotImplementedError
+
+
+class GRU(Recurrence):
     """Gated recurrent unit, Cho et al. 2014 (arXiv:1406.1078), in the form of torch.nn.GRUCell:
 
     r, z = σ(W x + U h)    n = tanh(W_n x + r ∘ U_n h)    h' = (1 - z) ∘ n + z ∘ h
     """
 
     num_gates = 3
-    state_type: Any = GRUState
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.input_proj = nn.Linear(size, self.num_gates * size)
+        super().__init__(size)
         self.add_state_projection(size)
 
     def add_state_projection(self, size: int) -> None:
@@ -72,10 +94,6 @@ class GRU(nn.Module):
     def project_state(self, h: Tensor) -> Tensor:
         """Return U h: [..., D] -> [..., 3D]."""
         return self.state_proj(h)
-
-    def initial_state(self, x: Tensor) -> GRUState:
-        """Return zeros for inputs [..., D]."""
-        return GRUState(wide(torch.zeros_like(x)))
 
     def step(self, gates: Tensor, state: GRUState) -> GRUState:
         """Make one step from the projected input [..., 3D]."""
@@ -158,7 +176,7 @@ class MinGRU(GRU):
         return h.to(x.dtype), GRUState(last(h, reverse))
 
 
-class LSTM(nn.Module):
+class LSTM(Recurrence):
     """Long short-term memory, Hochreiter & Schmidhuber 1997, in the form of torch.nn.LSTMCell:
 
     i, f, o = σ(W x + U h)    c' = f ∘ c + i ∘ tanh(W_g x + U_g h)    h' = o ∘ tanh(c')
@@ -168,14 +186,8 @@ class LSTM(nn.Module):
     state_type: Any = LSTMState
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.input_proj = nn.Linear(size, self.num_gates * size)
+        super().__init__(size)
         self.state_proj = nn.Linear(size, self.num_gates * size)
-
-    def initial_state(self, x: Tensor) -> LSTMState:
-        """Return zeros for inputs [..., D]."""
-        zeros = wide(torch.zeros_like(x))
-        return LSTMState(zeros, zeros)
 
     def step(self, gates: Tensor, state: LSTMState) -> LSTMState:
         """Make one step from the projected input [..., 4D]."""
@@ -202,7 +214,7 @@ class LSTM(nn.Module):
         return h, LSTMState(last(h, reverse), last_c[0])
 
 
-RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {
+RECURRENCES: dict[str, type[Recurrence]] = {
     "gru": GRU,
     "lstm": LSTM,
     "diagonal_gru": DiagonalGRU,
@@ -211,11 +223,12 @@ RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {
 
 
 def scan(
-    cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
+    cell: Recurrence, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
     """Return h [B, T, D] and the last state for inputs [B, T, D]; where mask [B, T] is False nothing changes."""
     length = fixed_length(x.shape[1])
-    if length > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step needs no scan
+    fusable = cell.fused is not None and (can_fuse(cell, x) or can_compile(cell, x))
+    if length > 1 and fusable:  # a single step needs no scan
         return cell.fused(x, state, mask, reverse)
     decodes = length == 1 and mask is None and not torch.is_grad_enabled()
     if decodes and cell.native_step is not None and can_fuse(cell, x):
@@ -225,7 +238,7 @@ def scan(
 
 
 def scan_reference(
-    cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
+    cell: Recurrence, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
     """Compute `scan` position by position."""
     gates = cell.input_proj(x)
@@ -300,7 +313,7 @@ def last(h: Tensor, reverse: bool) -> Tensor:
     return h[:, 0 if reverse else -1]
 
 
-def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
+def can_fuse(cell: Recurrence, x: Tensor) -> bool:
     """Return whether torch's kernel may run: it reads the weights itself, which must be plain float32 layers without
     adapters. The linear scan of a MinGRU reads no weights."""
     if isinstance(cell, MinGRU):
@@ -308,7 +321,7 @@ def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
     return all(is_plain(m, nn.Linear, x) for m in (cell.input_proj, getattr(cell, "state_proj", None)))
 
 
-def can_compile(cell: GRU | LSTM, x: Tensor) -> bool:
+def can_compile(cell: Recurrence, x: Tensor) -> bool:
     """Return whether our kernel may run a diagonal GRU, for which torch has none; it reads the diagonal itself."""
     return isinstance(cell, DiagonalGRU) and is_plain(cell.diagonal, Diagonal, x) and kernel("gru", x) is not None
 
@@ -382,6 +395,6 @@ class RecurrentStack(nn.Module):
             x = h
         return x
 
-    def run(self, cell: GRU | LSTM, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+    def run(self, cell: Recurrence, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
         """Run one layer forwards; return h [B, T, D] and its last state."""
         return scan(cell, x, state, context.mask)
