@@ -10,12 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from feedback_transformers import (
-    LORA_TARGETS,
     FeedbackForCausalLM,
     FeedbackForQuestionAnswering,
     FeedbackForSequenceClassification,
     FeedbackForTokenClassification,
 )
+from feedback_transformers.adapters import LORA_TARGETS
 from feedback_transformers.models.feedback_cells import CELLS
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import CommitOperationDelete, HfApi, try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -19,7 +20,8 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import attention_of, initialize
-from .feedback_files import check_download, check_sums, drop_sums, finish_save
+from .feedback_files import check_download, check_sums, drop_sums, finish_save, replaced_weights
+from .feedback_registry import import_parts
 
 # Parts that may be added to the body of a trained model, with new weights. A head is outside of the body.
 ADDED = ("loop.halting.", "loop.cross_attention.")
@@ -81,6 +83,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
             )
+        if kwargs.get("trust_remote_code"):
+            import_parts(pretrained_model_name_or_path, **kwargs)
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
         if folder.is_dir():
             check_sums(folder)
@@ -128,11 +132,20 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         finish_save(save_directory)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload what push_to_hub saved, with a card where this file is the package's own and not a checkpoint's."""
+        """Upload what push_to_hub saved, and remove the weights that it replaces from the repository.
+
+        A card goes along where this file is the package's own and not a checkpoint's.
+        """
         finish_save(working_dir)
         if __name__.startswith("feedback_transformers."):
             import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        commit = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        api, revision = HfApi(token=kwargs.get("token")), commit.pr_revision or kwargs.get("revision")
+        names = api.list_repo_files(repo_id, revision=revision)
+        if replaced := replaced_weights(names, os.listdir(working_dir)):
+            deletions = [CommitOperationDelete(name) for name in replaced]
+            api.create_commit(repo_id, deletions, commit_message="Remove replaced weights", revision=revision)
+        return commit
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -152,6 +165,17 @@ class FeedbackPreTrainedModel(PreTrainedModel):
             raise ValueError(f"{backbone.model_type} layers support attn_implementation='eager' only: use that.")
         backbone._attn_implementation_internal = chosen  # before transformers does so, with a warning
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
+    def get_encoder(self, modality: str | None = None) -> nn.Module:
+        """Return self, as models without an encoder-decoder do, whatever layers run before the loop.
+
+        PEFT and generation take a model for an encoder-decoder if this is another module.
+        """
+        return self
+
+    def get_decoder(self) -> nn.Module:
+        """Return the model below the head, as decoder-only models of transformers do."""
+        return self.base_model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of tokens, as in transformers; reject a model that has none."""

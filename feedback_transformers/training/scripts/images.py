@@ -177,14 +177,15 @@ def readable(dataset: DatasetDict, column: str, folders: dict[str, str], skip: b
     for split, rows in dataset.items():
         kind = rows.features[column]
         if not isinstance(kind, Image):
-            if getattr(kind, "dtype", None) != "string":
+            if getattr(kind, "dtype", None) not in ("string", "large_string"):
                 raise ValueError(
                     f"The column {column!r} of the {split} data holds neither images nor paths of images: "
                     "give --image_column."
                 )
-            table = Path(folders.get(split, ""))
+            table = Path(folders.get(split, folders.get("train", "")))
             paths = [None if path is None else str(table.parent / path) for path in rows[column]]
-            rows = rows.remove_columns(column).add_column(column, paths).cast_column(column, Image())
+            rows = rows.add_column("paths of images", paths).remove_columns(column)
+            rows = rows.rename_column("paths of images", column).cast_column(column, Image())
         values = rows.cast_column(column, Image(decode=False))[column]
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
             found = list(threads.map(look_at, values))
@@ -193,7 +194,7 @@ def readable(dataset: DatasetDict, column: str, folders: dict[str, str], skip: b
                 path = value and value["path"]
                 faults.append(f"{path or f'row {row} of the {split} data'}: {look.fault}")
         good = [row for row, look in enumerate(found) if not look.fault]
-        if not good:
+        if skip and not good:
             raise ValueError(f"None of the {len(found):,} images of the {split} data can be read ({_first(faults)}).")
         dataset[split] = rows if len(good) == len(rows) else rows.select(good)
         looks += [found[row] for row in good]
