@@ -229,7 +229,7 @@ def image_processor(image_size: int, checkpoint: str | None = None, **options: A
     """
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    settings = {"size": {"height": image_size, "width": image_size}, "do_convert_rgb": True}
+    settings: dict[str, Any] = {"size": {"height": image_size, "width": image_size}, "do_convert_rgb": True}
     if checkpoint is not None:
         try:
             found = ViTImageProcessorPil.from_pretrained(checkpoint, **settings, **options)
