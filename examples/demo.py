@@ -18,11 +18,11 @@ from typing import Any
 import finetune_lora
 import run_classification
 import run_clm
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-
 from feedback_transformers import data, hub, visualize
 from feedback_transformers.training import scripts
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 THINKING = (1, 2, 3, 4, 6, 8, 12)  # feedback steps to evaluate at
 CONTROL = "feedback_signal=none"
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     def example(script: Any, name: str, **flags: Any) -> dict[str, Any]:
         return run(script, args.smoke, output_dir=folders[name], seed=args.seed, **flags)
 
-    tiny = f",{run_clm.SMOKE['config_overrides']}" if args.smoke else ""
+    tiny = f",{scripts.recipes.TINY['config_overrides']}" if args.smoke else ""
 
     def unless_smoke(value: Any) -> Any:
         return None if args.smoke else value

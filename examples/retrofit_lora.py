@@ -15,11 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import run_clm
-import torch
+from feedback_transformers import data, retrofit
+from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, with_steps
 from finetune_lora import LoraArguments
+
+import torch
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -32,30 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from feedback_transformers import data, retrofit
-from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, with_steps
-
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "runs/retrofit",
-    "dataset_name": "python-docs",
-    "max_steps": 500,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
-    "learning_rate": 5e-4,
-    "warmup_steps": 0.05,
-    "save_steps": 100,
-    "save_total_limit": 2,
-    "logging_steps": 10,
-    "max_eval_samples": 100,
-    "min_feedback_steps": 1,
-}
-SMALL = ("block_size", "max_train_samples", "max_eval_samples", "per_device_train_batch_size", "logging_steps")
-SMOKE = {
-    "output_dir": "runs/smoke/retrofit",
-    "max_steps": 4,
-    "save_steps": 2,
-    **{name: run_clm.SMOKE[name] for name in SMALL},
-}
+RECIPE = scripts.recipes.RETROFIT
 
 
 @dataclass
@@ -107,7 +87,8 @@ def tiny(folder: Path, text_args: run_clm.TextArguments) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (OriginalArguments, run_clm.TextArguments, RetrofitArguments, LoraArguments, TrainingArguments)
-    model_args, text_args, retrofit_args, lora_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
+    parsed = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
+    model_args, text_args, retrofit_args, lora_args, training_args = parsed
     output = Path(training_args.output_dir)
     if not training_args.do_train:
         raise ValueError("This script trains, and compares with before: leave --do_train out.")
@@ -131,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         gradient_steps=retrofit_args.gradient_steps,
         **scripts.overrides(model_args.config_overrides),
     )
+    scripts.set_max_length(tokenizer, model)
     model = get_peft_model(model, lora_args.config(modules_to_save=["connection"]))
     model.print_trainable_parameters()
 

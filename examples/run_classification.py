@@ -17,6 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from feedback_transformers import data
+from feedback_transformers.training import StopOnNonFinite, scripts
+
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -26,9 +29,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-
-from feedback_transformers import data
-from feedback_transformers.training import StopOnNonFinite, scripts
 
 RECIPE = scripts.recipes.CLASSIFICATION
 

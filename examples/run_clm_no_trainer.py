@@ -11,16 +11,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import run_clm
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import default_data_collator, get_scheduler
-
 from feedback_transformers.training import (
     Sigterm,
     check_complete,
@@ -33,6 +26,12 @@ from feedback_transformers.training import (
     trained_with,
     with_steps,
 )
+
+import torch
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import default_data_collator, get_scheduler
 
 
 @dataclass
@@ -58,9 +57,7 @@ class LoopArguments:
     hub_token: str | None = field(default=None, metadata={"help": "Access token with the right to write."})
 
 
-DATA = ("dataset_name", "muon_learning_rate")
-SIZES = ("block_size", "max_train_samples", "max_eval_samples", "per_device_train_batch_size", "config_overrides")
-SMOKE = {"output_dir": "runs/smoke/clm-no-trainer", "max_train_steps": 4, "checkpointing_steps": 2}
+RECIPE = scripts.recipes.OWN_LOOP
 
 
 def endless(loader: DataLoader, accelerator: Accelerator, done: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -86,9 +83,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerato
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, run_clm.TextArguments, LoopArguments)
-    defaults = {name: run_clm.DEFAULTS[name] for name in DATA}
-    smoke: dict[str, Any] = {**{name: run_clm.SMOKE[name] for name in SIZES}, **SMOKE}
-    model_args, text_args, args = scripts.parse(types, arguments, defaults, smoke)
+    model_args, text_args, args = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
     output = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,

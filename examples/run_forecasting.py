@@ -16,13 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from feedback_transformers import data, metrics
+from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
+
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForTimeSeriesPrediction, Trainer, TrainingArguments, set_seed
-
-from feedback_transformers import data, metrics
-from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
 
 RECIPE = scripts.recipes.FORECASTING
 

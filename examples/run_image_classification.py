@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from feedback_transformers import visualize
+from feedback_transformers.training import StopOnNonFinite, scripts
+
 import torch
 from transformers import (
     AutoModelForImageClassification,
@@ -28,9 +31,6 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-
-from feedback_transformers import visualize
-from feedback_transformers.training import StopOnNonFinite, scripts
 
 RECIPE = scripts.recipes.IMAGES
 FEW = 100  # images for validation, below which many checkpoints have the same accuracy and the loss tells them apart

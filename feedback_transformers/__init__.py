@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import transformers
 
+from . import quiet  # noqa: F401 - before transformers, which imports torchao
 from .models.configuration_feedback import MODELING, PRESETS, FeedbackConfig
 from .models.feedback_cache import FeedbackCache
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel

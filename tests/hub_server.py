@@ -367,3 +367,26 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", API + "/paths-info/(?P<revision>[^/]+)", Handler.paths),
     ("GET HEAD", PAGE + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
+
+
+def main() -> None:
+    """Serve an empty Hub until Ctrl-C, and print what to set in another terminal to push to it."""
+    with Hub({"hf_local": ("me", "write")}) as hub:
+        print(
+            f"A Hub in memory listens at {hub.url}. It forgets everything when it ends (Ctrl-C).\n"
+            "In another terminal, before Python starts:\n\n"
+            f"    export HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_local\n"
+            "    unset HF_HUB_OFFLINE\n\n"
+            "Then, in Python:\n\n"
+            '    model.push_to_hub("me/my-model")\n'
+            '    AutoModel.from_pretrained("me/my-model", trust_remote_code=True)',
+            flush=True,
+        )
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("The Hub has ended.")
+
+
+if __name__ == "__main__":
+    main()

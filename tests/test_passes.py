@@ -18,6 +18,7 @@ SCRIPTS = {  # the metric that each reports at every number of passes, and the n
     "run_clm_no_trainer": ("perplexity", 4),
     "run_classification": ("test_accuracy", 3),
     "run_seq2seq": ("test_bleu", 2),
+    "sft": ("perplexity", 4),
     "finetune_lora": ("perplexity_after_python-docs", 4),
     "retrofit_lora": ("perplexity_after_python-docs", 4),
 }

@@ -220,6 +220,20 @@ class FeedbackConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field as in transformers; refuse, as the constructor does, names that no part would read."""
+        known = (
+            name in vars(self) or name in self.attribute_map or isinstance(getattr(type(self), name, None), property)
+        )
+        if vars(self).get("_post_init_done") and not known and not name.startswith("_"):
+            self._refuse_misspelled({name: value})
+            self._refuse_misplaced({name: value})
+        super().__setattr__(name, value)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> "FeedbackConfig":
+        """Return this config, as encoder and decoder share it; transformers would set decoder_type as `type`."""
+        return self
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers; `backbone_config` may change fields of the saved layers, not their family."""

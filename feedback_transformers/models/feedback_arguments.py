@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from transformers.utils import can_return_tuple
 
-PACKED = "Several texts in one row would read each other: give each a row of its own, with padding."
+PACKED = (
+    "Several texts in one row would read each other: give each a row of its own, with padding; in TRL set "
+    "packing=False and padding_free=False."
+)
 OF_PACKED_ROWS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 

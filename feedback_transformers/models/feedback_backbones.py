@@ -76,6 +76,15 @@ def base_class(backbone: PreTrainedConfig) -> type[PreTrainedModel]:
     return cast(type[PreTrainedModel], MODEL_MAPPING[type(backbone)])
 
 
+def attention_of(config: Any, asked: str | None) -> str | None:
+    """Return the attention implementation of the borrowed layers where the model is asked for `asked`.
+
+    A retrofitted Gemma 2 caps its attention scores, which only its eager attention does.
+    """
+    capped = config.retrofitted_from is not None and not base_class(config.backbone_config)._supports_sdpa
+    return "eager" if capped else asked
+
+
 def layer_kind(backbone: PreTrainedConfig, index: int) -> str:
     """`full_attention` or `sliding_attention`, of the layer `index`."""
     kinds = getattr(backbone, "layer_types", None)

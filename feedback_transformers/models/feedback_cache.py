@@ -5,6 +5,7 @@ Shapes: B batch, T positions of this call, P positions before it, D hidden size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,30 @@ Slot = tuple[str | int, ...]
 def key(slot: Slot) -> str:
     """Name a slot, as `cell/2/0/`: what exporters save of a cache is JSON, whose keys are strings."""
     return "".join(f"{name}/" for name in slot)
+
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 where it has that: the precision of states and of probabilities to stop."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rewinder(*caches: Cache | None) -> Callable[[], None]:
+    """Return a function that takes caches back to what they hold now, so that a recomputed step finds the same."""
+
+    def copied(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: [copy.copy(item) for item in value] if isinstance(value, list) else copy.copy(value)
+            for name, value in values.items()
+            if isinstance(value, (list, dict))
+        }
+
+    held = [(vars(cache), copied(vars(cache))) for cache in caches if cache is not None]
+
+    def rewind() -> None:
+        for now, then in held:
+            now.update(copied(then))
+
+    return rewind
 
 
 class FeedbackCache(Cache):
@@ -108,7 +133,8 @@ class FeedbackCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ValueError(
-            "A feedback cache can't be cropped, since its states hold no history; generate without assisted decoding."
+            "A feedback cache can't be cropped, since its states keep no history: leave past_key_values out and read "
+            "the shorter text anew, or keep a copy.deepcopy of the cache from before."
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -233,6 +259,11 @@ class Context:
         """Leaves `state` for the next call at this slot."""
         if self.cache is not None:
             self.cache.states[key(self.slot)] = tuple(state)
+
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function that undoes what is written to the caches from now on."""
+        source = self.cross_attention
+        return rewinder(self.cache, source, None if source is None else source.cross_attention_cache)
 
     @property
     def lengths(self) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""EMBEDDINGS: from a raw input to [B, T, D]. A new modality is a class here and a head of its own.
+"""Map a raw input to embeddings [B, T, D]. A new modality is a class here and a head of its own.
 
 Shapes: B batch, T positions, D hidden size, C channels, V vocabulary.
 """
@@ -12,7 +12,7 @@ from .configuration_feedback import FeedbackConfig
 
 
 class TokenEmbeddings(nn.Module):
-    """Token ids [B, T] -> [B, T, D]."""
+    """Map token ids [B, T] to [B, T, D]."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 an
 
 
 class PatchEmbeddings(nn.Module):
-    """Images [B, C, H, W] -> [B, T, D], a position per patch, row by row.
+    """Map images [B, C, H, W] to [B, T, D], a position per patch, row by row.
 
     A grey model (one channel) reads the brightness of colours [B, 3, H, W]: transformers' pipelines open every image
     file in colour.
@@ -61,7 +61,7 @@ class PatchEmbeddings(nn.Module):
 
 
 class ValueEmbeddings(nn.Module):
-    """Series [B, T, C] -> [B, T, D], a position per time step."""
+    """Map series [B, T, C] to [B, T, D], a position per time step."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()

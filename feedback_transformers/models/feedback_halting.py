@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_cache import wide
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Progress:
     @classmethod
     def start(cls, e: Tensor, mask: Tensor | None) -> Progress:
         """Return the progress before the first pass of a call with inputs e [B, T, D] and mask [B, T]."""
-        zeros = e.new_zeros(e.shape[:2], dtype=torch.float32)
+        zeros = wide(e.new_zeros(e.shape[:2]))
         running = torch.ones_like(zeros, dtype=torch.bool) if mask is None else mask.clone()
         return cls(running, zeros.long(), zeros)
 
@@ -83,13 +84,13 @@ class ConvergedHalting(Halting):
         if self.training:
             return
         if logits is not None:
-            old, progress.log_p = progress.log_p, logits.float().log_softmax(-1)
+            old, progress.log_p = progress.log_p, wide(logits).log_softmax(-1)
             if old is not None:
                 change = (progress.log_p.exp() * (progress.log_p - old)).sum(-1)
                 progress.running = progress.running & (change > self.threshold)
         elif before is not None:
-            change = (h - before).float().norm(dim=-1)
-            progress.running = progress.running & (change > self.threshold * before.float().norm(dim=-1))
+            change = wide(h - before).norm(dim=-1)
+            progress.running = progress.running & (change > self.threshold * wide(before).norm(dim=-1))
 
 
 class LearnedHalting(Halting):
@@ -110,7 +111,7 @@ class LearnedHalting(Halting):
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
-        p = left if last else left * self.halt_proj(h).squeeze(-1).float().sigmoid()
+        p = left if last else left * wide(self.halt_proj(h).squeeze(-1)).sigmoid()
         progress.spent = progress.spent + p
         if self.training:
             progress.probabilities.append(p)
@@ -122,8 +123,8 @@ class LearnedHalting(Halting):
         if not self.training:
             return None
         p = torch.stack(progress.probabilities)
-        passes = torch.arange(len(p), device=p.device)
-        prior = (self.config.halting_prior * (1 - self.config.halting_prior) ** passes).float()
+        passes = torch.arange(len(p), dtype=p.dtype, device=p.device)
+        prior = self.config.halting_prior * (1 - self.config.halting_prior) ** passes
         log_prior = (prior / prior.sum()).log()[:, None, None]
         log_p = p.clamp(min=1e-12).log()  # p is 0 where λ is 1 before, and p log p has no gradient there
         return (p * (log_p - log_prior)).sum(dim=0)
@@ -143,7 +144,7 @@ class AdaptiveHalting(Halting):
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
-        p = self.halt_proj(h).squeeze(-1).float().sigmoid()
+        p = wide(self.halt_proj(h).squeeze(-1)).sigmoid()
         ends = left - p <= 1 - self.threshold
         if last:
             ends = torch.ones_like(ends)

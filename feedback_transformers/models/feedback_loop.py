@@ -146,11 +146,11 @@ class FeedbackLoop(nn.Module):
 
     def over_passes(self, e: Tensor, context: Context, readout: Readout, passes: int, every_step: bool) -> LoopOutput:
         """All positions, at most `passes` times: exact in depth; in time Jacobi's iteration or Gauss and Seidel's."""
-        config, grad = self.config, torch.is_grad_enabled()
+        config, grad, given = self.config, torch.is_grad_enabled(), context
         if grad:  # keys kept from a pass without gradient, or within a checkpoint, would lose it
             context = replace(context, cross_attention=None)
         stops, reads_prediction = self.stops, self.stops and self.halting.reads_prediction
-        if stops and self.gradient_checkpointing and self.training:
+        if stops and self.checkpoints:
             raise ValueError("halting='act' can't be trained with gradient checkpointing: disable one of them.")
         remembers = config.feedback_connection == "memory" and config.feedback_signal != "none"
         if context.cache is None and (config.solver == "gauss_seidel" or remembers or (stops and config.is_causal)):
@@ -180,7 +180,7 @@ class FeedbackLoop(nn.Module):
                 self.skip(now, context, number, resume)
                 number = resume
         h = made[-1].h if progress is None or progress.mean is None else progress.mean
-        y = readout.decode(h, context.for_part("decoder", "last"))
+        y = readout.decode(h, given.for_part("decoder", "last"))
         states, outputs = [*(p.h for p in made[:-1]), h], [*(p.y for p in made[:-1]), y]
         if progress is None:
             fixed = config.solver_tolerance is None
@@ -207,8 +207,7 @@ class FeedbackLoop(nn.Module):
         config = self.config
         by_step = config.feedback_signal == "output" or config.solver == "gauss_seidel"
         by_step = by_step or config.feedback_connection == "memory"
-        checkpoints = self.gradient_checkpointing and self.training and not by_step
-        return isqrt(passes) if checkpoints and passes >= 16 else 1
+        return isqrt(passes) if self.checkpoints and not by_step and passes >= 16 else 1
 
     def run_segment(
         self,
@@ -230,7 +229,7 @@ class FeedbackLoop(nn.Module):
                 before = self.one_pass(e, before, context, readout, number, wanted, number == passes - 1)
             return cast(Pass, before)
 
-        return self.checkpoint(segment, before)
+        return self.checkpoint(segment, context, before)
 
     def one_pass(
         self, e: Tensor, before: Pass | None, context: Context, readout: Readout, number: int, wanted: bool, last: bool
@@ -242,10 +241,7 @@ class FeedbackLoop(nn.Module):
         if in_blocks:
             h, y, _ = self.sweep(e, shifted, context, readout, number, config.solver_block_size)
         else:
-            if context.cache is None:
-                h, state = self.checkpoint(self.step, e, shifted, state, context, number)
-            else:  # what it writes there, a second forward would write again
-                h, state = self.step(e, shifted, state, context, number)
+            h, state = self.checkpoint(self.step, context, e, shifted, state, context, number)
         if context.running is not None and before is not None:
             h = torch.where(context.running[..., None], h, before.h)
         reads_prediction = self.stops and self.halting.reads_prediction
@@ -284,11 +280,25 @@ class FeedbackLoop(nn.Module):
             if self.config.feedback_axis == "time" and now.signal is not None:
                 self.previous(now.signal, context.for_part("signal", number))
 
-    def checkpoint(self, function: Callable, *args: object) -> Any:
-        """Recomputes a pass, or a segment of passes, in the backward, so that only its input is kept."""
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(function, *args)
-        return function(*args)
+    @property
+    def checkpoints(self) -> bool:
+        """Whether steps are recomputed in the backward of this call."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def checkpoint(self, function: Callable, context: Context, *args: object) -> Any:
+        """Run function(*args); with checkpointing recompute it in the backward, so that only `args` are kept.
+
+        What it writes to the caches of `context`, it then writes again from the same beginning.
+        """
+        if not self.checkpoints:
+            return function(*args)
+        rewind = context.rewinder()
+
+        def again(*args: object) -> Any:
+            rewind()
+            return function(*args)
+
+        return self._gradient_checkpointing_func(again, *args)
 
     def previous(self, signal: Tensor, context: Context) -> Tensor:
         """S: each position reads the signal at the end of the chunk before its own. [B, T, D] -> [B, T, D]."""
@@ -309,14 +319,16 @@ class FeedbackLoop(nn.Module):
 
     def over_positions(self, e: Tensor, context: Context, readout: Readout) -> LoopOutput:
         """Position by position, or chunk by chunk of `feedback_interval`: exact, and what decoding does."""
+        given = context
         if context.cache is None:  # the cell's memory of this call
             context = replace(context, cache=FeedbackCache())
-        defers = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # What is deferred is kept, which checkpointing is not to do.
+        defers = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not self.checkpoints
         with DeferredWeightGradients() if defers else nullcontext():
             h, y, held = self.sweep(e, None, context, readout, 0, self.config.feedback_interval)
         if self.config.feedback_signal != "none":
             context.for_part("signal", 0).keep((held,))
-        y = readout.decode(h, context.for_part("decoder", "last")) if y is None else y
+        y = readout.decode(h, given.for_part("decoder", "last")) if y is None else y
         iterations = context.iterations
         return LoopOutput([h], [y], torch.full_like(context.position_ids, max(iterations)) if iterations else None)
 
@@ -325,41 +337,61 @@ class FeedbackLoop(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Blocks of positions in turn, each reading the signal of the blocks before it, and within itself `shifted`,
         that of the pass before. h [B, T, D], y [B, T, D] where it is fed back, and the last signal [B, D]."""
-        config, (batch, _, size) = self.config, e.shape
-        interval, feeds = config.feedback_interval, config.feedback_signal != "none"
-        by_output = config.feedback_signal == "output"
+        config, (batch, length, size) = self.config, e.shape
+        feeds, by_output = config.feedback_signal != "none", config.feedback_signal == "output"
         decoder_slot: str | int = number
         truncate = None
         if not config.in_passes:
             decoder_slot, truncate = "last", config.gradient_steps if torch.is_grad_enabled() else None
+
+        def walk(held: Tensor, given: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
+            """h and y of some spans, the last signal, and that of the last chunk finished before the block."""
+            states: list[Tensor] = []
+            outputs: list[Tensor] = []
+            for start, stop in spans:
+                if truncate and start and start % truncate == 0:
+                    held, given = held.detach(), given.detach()
+                    cast(Any, context.cache).detach()
+                span, signal = context.span(start, stop), None
+                if feeds:
+                    begins = ((context.count + start) % block == 0)[:, None]
+                    given = held if block == 1 else torch.where(begins, held, given)
+                    signal = self.within_block(given, shifted, context, start, stop, block)
+                h, _ = self.step(e[:, start:stop], signal, None, span, number)
+                states.append(h)
+                signal = h
+                if by_output:
+                    outputs.append(readout.decode(h, span.for_part("decoder", decoder_slot)))
+                    signal = readout.embed(outputs[-1])
+                if feeds:
+                    held = self.last_of_chunk(signal, held, context, start, stop)
+            return torch.cat(states, dim=1), torch.cat(outputs, dim=1) if outputs else None, held, given
+
         kept = context.for_part("signal", number).state()
         held = e.new_zeros(batch, size) if kept is None else kept[0].to(e.dtype)  # of the last finished chunk
-        given = held  # of the last chunk finished before this block
-        states: list[Tensor] = []
-        outputs: list[Tensor] = []
-        for start, stop in self.spans(context, block if feeds else None, truncate):
-            if truncate and start and start % truncate == 0:
-                held, given = held.detach(), given.detach()
-                context.cache.detach()
-            span, signal = context.span(start, stop), None
-            if feeds:
-                given = (
-                    held if block == 1 else torch.where(((context.count + start) % block == 0)[:, None], held, given)
-                )
-                signal = given[:, None].expand(-1, stop - start, -1)
-                if interval % block:  # some chunk ends within a block, where only the pass before tells its state
-                    counts = context.count[:, None] + torch.arange(start, stop, device=e.device)
-                    old = torch.zeros_like(signal) if shifted is None else shifted[:, start:stop]
-                    signal = torch.where((counts % interval >= counts % block)[..., None], signal, old)
-            h, _ = self.step(e[:, start:stop], signal, None, span, number)
-            states.append(h)
-            signal = h
-            if by_output:
-                outputs.append(readout.decode(h, span.for_part("decoder", decoder_slot)))
-                signal = readout.embed(outputs[-1])
-            if feeds:
-                held = self.last_of_chunk(signal, held, context, start, stop)
-        return torch.cat(states, dim=1), torch.cat(outputs, dim=1) if outputs else None, held
+        given, made = held, []
+        runs = [self.spans(context, block if feeds else None, truncate)]
+        if self.checkpoints:  # √T runs of √T positions, or of blocks, keep what is least
+            spans = runs[0] if feeds else self.spans(context, isqrt(length), truncate)
+            each = isqrt(len(spans)) if feeds else 1
+            runs = [spans[first : first + each] for first in range(0, len(spans), each)]
+        for run in runs:
+            h, y, held, given = self.checkpoint(walk, context, held, given, run)
+            made.append((h, y))
+        states, outputs = zip(*made, strict=True)
+        return torch.cat(states, dim=1), torch.cat(outputs, dim=1) if by_output else None, held
+
+    def within_block(
+        self, given: Tensor, shifted: Tensor | None, context: Context, start: int, stop: int, block: int
+    ) -> Tensor:
+        """The signal that each position from `start` to `stop` of a block reads, [B, stop - start, D]: `given` [B, D]
+        of the blocks before, or that of the pass before where a chunk ends within the block."""
+        signal, interval = given[:, None].expand(-1, stop - start, -1), self.config.feedback_interval
+        if interval % block == 0:
+            return signal
+        counts = context.count[:, None] + torch.arange(start, stop, device=given.device)
+        old = torch.zeros_like(signal) if shifted is None else shifted[:, start:stop]
+        return torch.where((counts % interval >= counts % block)[..., None], signal, old)
 
     def spans(self, context: Context, block: int | None, truncate: int | None) -> list[tuple[int, int]]:
         """The columns between which no row has the beginning of a block, nor the gradient its end."""

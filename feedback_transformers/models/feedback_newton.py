@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
+from torch.autograd.function import Function
 from transformers.utils import logging
 
+from .feedback_cache import wide
 from .feedback_scan import GRU, LSTM, DiagonalGRU, GRUState, MinGRU, last, linear_scan, scan
 
 logger = logging.get_logger(__name__)
@@ -37,7 +38,7 @@ def newton(
     """
     if not isinstance(cell, (DiagonalGRU, MinGRU)):
         raise ValueError("Newton's method needs a recurrence of single channels: use diagonal_gru or min_gru.")
-    gates = cell.input_proj(x).float()
+    gates = wide(cell.input_proj(x))
     solved = solve(cell, gates.detach(), state.h.detach(), mask, tolerance, max_iterations)
     if solved is None:
         logger.warning_once(
@@ -89,7 +90,8 @@ def one_step(cell: GRU, gates: Tensor, previous: Tensor, mask: Tensor | None) ->
 
 def linearize(cell: GRU, gates: Tensor, previous: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """F and the diagonal of its Jacobian, each [B, T, D]: the sum's gradient, as no entry depends on another's."""
-    with torch.enable_grad():
+    own = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)  # checkpointing would recompute for it
+    with torch.enable_grad(), own:
         previous = previous.detach().requires_grad_()
         h = one_step(cell, gates, previous, mask)
         (jacobian,) = torch.autograd.grad(h.sum(), previous)
@@ -108,8 +110,12 @@ class ImplicitGradient(Function):
         return h.view_as(h)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Second derivatives don't go through solver='newton': set config.solver='sequential', which computes "
+                "the same."
+            )
         (jacobian,) = ctx.saved_tensors
         end = torch.zeros_like(grad[:, 0])
         return linear_scan(torch.cat([jacobian[:, 1:], end[:, None]], dim=1), grad, end, reverse=True), None

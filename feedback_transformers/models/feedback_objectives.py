@@ -53,7 +53,8 @@ def targets_of_texts(
     position before the first token has read all of the text. Trainer has counted that token in `num_items_in_batch`.
     The number is corrected by the share of the targets here that are left out. This is exact for a batch in one
     part. Of a batch in several parts (gradient accumulation, several processes), a part knows its own targets only:
-    the loss then is a mean of the means of the parts, and each has the weight that Trainer counted.
+    the loss then is a mean of the means of the parts, and each has the weight that Trainer counted. Labels of -100
+    are exact there too, as training.DataCollatorForLeftPadding gives them.
     """
     hidden = F.pad(behind_padding(mask), (0, 1))[:, 1:]
     kept = targets.masked_fill(hidden.to(targets.device), ignored)
@@ -63,7 +64,8 @@ def targets_of_texts(
     if not torch.compiler.is_compiling() and counted != real and counted != num_items_in_batch:
         logger.warning_once(
             "The first token of a text has no target, and Trainer counts it where padding stands before it: the parts "
-            "of a batch are then weighted a little otherwise than on the right. Pad on the right, or label it -100."
+            "of a batch are then weighted a little otherwise than on the right. Pad on the right, or wrap the data "
+            "collator in feedback_transformers.training.DataCollatorForLeftPadding."
         )
     share = torch.where(real > 0, real / counted.clamp(min=1), 1.0)
     return kept, num_items_in_batch * share
@@ -74,7 +76,8 @@ def warn_of_padding(mask: Tensor) -> None:
     if not torch.compiler.is_compiling() and behind_padding(mask).any():
         logger.warning_once(
             "A loss that is taken outside of the model, as Trainer's label smoothing, predicts the first token behind "
-            "padding from a position that has read the text: pad on the right, or label it -100."
+            "padding from a position that has read the text, unless its label is -100: pad on the right, or wrap the "
+            "data collator in feedback_transformers.training.DataCollatorForLeftPadding."
         )
 
 

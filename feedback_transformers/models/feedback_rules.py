@@ -239,7 +239,8 @@ def solvers(config: Any) -> Iterator[str]:
 
 def unread(config: Any) -> Iterator[str]:
     """What somebody set and nothing reads."""
-    depth, passes = config.feedback_axis == "depth", "set solver='jacobi' and solver_steps for passes"
+    depth = config.feedback_axis == "depth"
+    passes = "set solver_steps" if config.in_passes else "set solver='jacobi' and solver_steps for passes"
     idle = {
         "num_feedback_steps": (not depth, f"with feedback_axis='time': {passes}"),
         "solver_steps": (depth, "with feedback_axis='depth': set num_feedback_steps for its passes"),
@@ -266,11 +267,10 @@ def haltings(config: Any) -> Iterator[str]:
             f"halting_threshold is {config.halting_threshold}; halting={halting!r} compares it with a "
             "probability: give at most 1."
         )
-    if config.feedback_signal == "none" or not config.in_passes or config.solver == "gauss_seidel":
-        yield (
-            f"halting={halting!r} stops passes: it needs feedback to them, on feedback_axis='depth' or with "
-            "solver='jacobi'."
-        )
+    if config.feedback_signal == "none":
+        yield f"halting={halting!r} stops passes that read feedback: it needs a feedback_signal other than 'none'."
+    elif not config.in_passes or config.solver == "gauss_seidel":
+        yield (f"halting={halting!r} stops passes: it needs feedback_axis='depth' or solver='jacobi'.")
     if config.feedback_axis == "time" and config.feedback_type in RECURRENT_TYPES:
         yield (
             f"halting={halting!r} can't stop a position that a recurrence along time goes through: use "

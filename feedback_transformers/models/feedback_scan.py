@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_cache import Context
+from .feedback_cache import Context, wide
 from .feedback_padding import fixed_length, real_first
 
 
@@ -71,7 +71,7 @@ class GRU(nn.Module):
 
     def initial_state(self, x: Tensor) -> GRUState:
         """Zeros for inputs [..., D]."""
-        return GRUState(torch.zeros_like(x, dtype=torch.float32))
+        return GRUState(wide(torch.zeros_like(x)))
 
     def step(self, gates: Tensor, state: GRUState) -> GRUState:
         """One step from the projected input [..., 3D]."""
@@ -79,7 +79,7 @@ class GRU(nn.Module):
         r_h, z_h, n_h = self.project_state(state.h.to(gates.dtype)).chunk(3, dim=-1)
         r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
         n = torch.tanh(n_x + r * n_h)
-        return GRUState(torch.lerp(n.float(), state.h, z.float()))
+        return GRUState(torch.lerp(wide(n), wide(state.h), wide(z)))
 
     def native_step(self, x: Tensor, state: GRUState) -> GRUState:
         """One step from the input [B, D], by torch's cell."""
@@ -132,8 +132,8 @@ class MinGRU(GRU):
     def coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
         """a and b of h' = a ∘ h + b, float32: [..., 2D] -> twice [..., D]"""
         n_x, z_x = gates.chunk(2, dim=-1)
-        n = torch.where(n_x >= 0, n_x + 0.5, torch.sigmoid(n_x)).float()
-        z = torch.sigmoid(z_x).float()
+        n = wide(torch.where(n_x >= 0, n_x + 0.5, torch.sigmoid(n_x)))
+        z = wide(torch.sigmoid(z_x))
         return 1 - z, z * n
 
     def step(self, gates: Tensor, state: GRUState) -> GRUState:
@@ -170,12 +170,12 @@ class LSTM(nn.Module):
 
     def initial_state(self, x: Tensor) -> LSTMState:
         """Zeros for inputs [..., D]."""
-        zeros = torch.zeros_like(x, dtype=torch.float32)
+        zeros = wide(torch.zeros_like(x))
         return LSTMState(zeros, zeros)
 
     def step(self, gates: Tensor, state: LSTMState) -> LSTMState:
         """One step from the projected input [..., 4D]."""
-        i, f, g, o = (gates + self.state_proj(state.h.to(gates.dtype))).float().chunk(4, dim=-1)
+        i, f, g, o = wide(gates + self.state_proj(state.h.to(gates.dtype))).chunk(4, dim=-1)
         c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
         return LSTMState(torch.sigmoid(o) * torch.tanh(c), c)
 
@@ -345,7 +345,7 @@ def _kernels() -> dict[str, Callable[..., Tensor]]:
     if find_spec("numba") is None:
         return {}
     try:
-        from .feedback_kernels import KERNELS
+        from .feedback_fused import KERNELS
     except ImportError:  # numba is there, and does not go with the version of numpy
         return {}
     return KERNELS

@@ -5,33 +5,28 @@ Shapes: B batch, T positions, P positions in the cache, C channels, D hidden siz
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
-from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, ModelOutput
+from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import PACKED, check_positions, check_types, named_arguments
-from .feedback_backbones import BACKBONES, base_class, initialize
+from .feedback_backbones import BACKBONES, attention_of, base_class
 from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
-from .feedback_files import check_download, check_sums, drop_sums, write_sums
+from .feedback_layers import TransformerStack
 from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
+from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -67,142 +62,19 @@ class FeedbackModelOutput(ModelOutput):
     halting_loss: Tensor | None = None
 
 
-# What may be added to the body of a trained model, and so begins new; a head is outside of the body.
-ADDED = ("loop.halting.", "loop.cross_attention.")
-
-
-def check_whole(model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Reject a body with holes, which transformers would fill with random numbers and a warning."""
-    body = "" if isinstance(model, FeedbackModel) else f"{model.base_model_prefix}."
-    tied = model.all_tied_weights_keys
-    tied = tied | {source: target for target, source in tied.items()}
-    missing = {key for key in missing if key not in tied or tied[key] in missing}
-    holes = sorted(key for key in missing if key.startswith(body) and not key.removeprefix(body).startswith(ADDED))
-    if holes:
-        raise ValueError(
-            f"The checkpoint lacks {len(holes)} weights of the model, such as {holes[0]}: copy it again; if it is of "
-            "another kind of model, make a feedback model of that with feedback_transformers.retrofit; or give "
-            "ignore_mismatched_sizes=True, to begin with random ones."
-        )
-
-
 def multiply(x: Tensor, matrix: Tensor) -> Tensor:
     """Return x [B, T, N] times `matrix` [N, M], the same for all rows, or [B, N, M], one for each. [B, T, M]"""
     return nn.functional.linear(x, matrix.t()) if matrix.ndim == 2 else x @ matrix
 
 
-class FeedbackPreTrainedModel(PreTrainedModel):
-    config: FeedbackConfig
-    config_class = FeedbackConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["FeedbackLoop"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    # Weights of checkpoints of 0.1.0 that have other names now. PEFT knows tied embeddings by the name `embed_tokens`.
-    renamed: ClassVar[dict[str, str]] = {r"embeddings\.tokens\.": "embeddings.embed_tokens."}
-    sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
-    loss_arguments: ClassVar[tuple[str, ...]] = ()  # what `forward(**kwargs)` takes beyond its signature
-    unread: ClassVar[dict[str, str]] = {}  # arguments of other models that this one rejects, and what to do instead
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, from safetensors alone: a pickle could run code.
-
-        Refused are weights that are not what was saved (SHA256SUMS), or what the Hub announced; and a checkpoint that
-        lacks weights of the body, unless `ignore_mismatched_sizes=True` says that they may be new, as those of a head.
-        """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError(
-                "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
-            )
-        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        if folder.is_dir():
-            check_sums(folder)
-        kwargs["key_mapping"] = FeedbackPreTrainedModel.renamed | cls.renamed | (kwargs.get("key_mapping") or {})
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        config = (loaded[0] if isinstance(loaded, tuple) else loaded).config
-        revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")
-        path = f"{kwargs.get('subfolder', '')}/{CONFIG_NAME}".lstrip("/")
-        if not Path(name := str(config.name_or_path)).is_dir():
-            found = try_to_load_from_cache(name, path, kwargs.get("cache_dir"), revision)
-            if isinstance(found, str):
-                check_download(Path(found).parent)
-        return loaded
-
-    @staticmethod
-    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
-        """Reject a body with holes before transformers lists them, each in a line of its own."""
-        if not load_config.ignore_mismatched_sizes:
-            model.mark_tied_weights_as_initialized(loading_info)  # which also takes shared modules off the list
-            check_whole(model, loading_info.missing_keys)
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; SHA256SUMS notes the weights, so that damage to them is seen."""
-        if is_main_process:
-            drop_sums(save_directory)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            write_sums(save_directory)
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """What push_to_hub uploads; with a card where this is the package, rather than a checkpoint's copy of it."""
-        write_sums(working_dir)
-        if __name__.startswith("feedback_transformers."):
-            import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # the borrowed layers ask the interface of their config, which is a sub-config of ours
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """Resize the embeddings of tokens, as in transformers; reject a model that has none."""
-        if self.config.embedding_type != "tokens":
-            raise ValueError(f"A model of {self.config.embedding_type} has no vocabulary that could be resized.")
-        return super().resize_token_embeddings(*args, **kwargs)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if type(module).__module__.startswith("transformers.models."):
-            initialize(self.config.backbone_config, module)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, Conv1D):  # of GPT-2 layers, which the default leaves out
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif hasattr(module, "init_parameters"):  # our modules with parameters of their own
-            module.init_parameters()
-
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """The loop checkpoints whole passes, so layers that keep a memory within it, which they would drop, do not."""
-        checkpoint = kwargs.get("gradient_checkpointing_func")
-        if enable and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-            raise ValueError("A feedback loop can't be checkpointed with use_reentrant=True: set it to False.")
-        super()._set_gradient_checkpointing(enable, **kwargs)
-        for model in (module for module in self.modules() if isinstance(module, FeedbackModel)):
-            parts = [model.loop.cell]
-            if (
-                self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
-            ):  # it decodes as it goes
-                parts.append(model.encoder if model.decoder is None else model.decoder)
-            for layer in (layer for part in parts for layer in part.modules()):
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing = False
-
-
 class FeedbackModel(FeedbackPreTrainedModel):
-    """embeddings -> encoder -> loop (connection, cell) and decoder -> y [B, T, D]."""
+    """Compute embeddings -> encoder -> loop (connection, cell) and decoder -> y [B, T, D]."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         config.validate_architecture()  # fields may have been set since it was made
         retrofitted = config.retrofitted_from is not None
-        softcapped = retrofitted and not base_class(config.backbone_config)._supports_sdpa
-        config.backbone_config._attn_implementation = "eager" if softcapped else config._attn_implementation
+        config.backbone_config._attn_implementation = attention_of(config, config._attn_implementation)
         self.embeddings = EMBEDDINGS[config.embedding_type](config)
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
         self.positions: nn.Module | None = None
@@ -226,7 +98,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self.post_init()
 
     def take_over(self, base: PreTrainedModel) -> None:
-        """Takes over all parts of `base`, the base model that `config.backbone_config` describes."""
+        """Take over all parts of `base`, the base model that `config.backbone_config` describes."""
         config, family = self.config, BACKBONES[self.config.backbone_config.model_type]
 
         def part(path: str | None) -> Any:
@@ -262,7 +134,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         setattr(self.embeddings, self.input_name, value)
 
     def place(self, embedded: Tensor, context: Context, token_type_ids: Tensor | None) -> Tensor:
-        """Adds what the embeddings of tokens don't say: learned positions and types. [B, T, D] -> [B, T, D]"""
+        """Add what the embeddings [B, T, D] of tokens don't say, learned positions and types. [B, T, D]"""
         if self.positions is not None:
             embedded = embedded + self.positions(context.position_ids + self.first_position)
         if self.token_types is not None:
@@ -271,8 +143,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         return self.embedding_dropout(self.embedding_norm(embedded))
 
     def encode(self, embedded: Tensor, context: Context) -> Tensor:
-        """e [B, T, D]"""
-        return self.encoder(embedded, context.for_part("encoder"))
+        """Return e [B, T, D], the encoded embeddings."""
+        return self.run_stack(self.encoder, embedded, context.for_part("encoder"))
 
     def encode_source(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
@@ -290,12 +162,19 @@ class FeedbackModel(FeedbackPreTrainedModel):
         return scatter(embedded, order), scatter(self.encode(embedded, context), order)
 
     def decode(self, h: Tensor, context: Context) -> Tensor:
-        """y = g(h), [B, T, D]"""
+        """Return y = g(h) [B, T, D]."""
         decoder = self.encoder if self.decoder is None else self.decoder
-        return self.norm(decoder(h, context))
+        in_loop = self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
+        return self.norm(decoder(h, context) if in_loop else self.run_stack(decoder, h, context))
+
+    def run_stack(self, stack: nn.Module, x: Tensor, context: Context) -> Tensor:
+        """Run a stack, and recompute it under gradient checkpointing, as transformer layers do themselves."""
+        if isinstance(stack, TransformerStack):
+            return stack(x, context)
+        return self.loop.checkpoint(stack, context, x, context)
 
     def predict(self, y: Tensor) -> Tensor:
-        """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
+        """Return E y [B, T, V], the logits of a head with tied embeddings, where the model has no head."""
         if not self.config.tie_word_embeddings:
             raise ValueError(self.needs_a_head())
         return multiply(y, self.token_table(y).transpose(-1, -2))
@@ -309,13 +188,14 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def token_table(self, rows: Tensor) -> Tensor:
         """Return the embeddings of all tokens [V, D], or [B, V, D] where each row of the batch has its own adapter.
 
-        The table is read through its module, so that adapters and hooks count. PEFT chooses the adapter of each row
-        by hooks that add an argument to the call.
+        The table is read through its module, so that adapters and hooks count. PEFT tells a module the adapters of
+        the rows by a hook, which holds their names.
         """
         if self.config.embedding_type != "tokens":
             raise ValueError(self.needs_a_head())
         embed = self.get_input_embeddings()
-        by_row = any(module._forward_pre_hooks_with_kwargs for module in embed.modules())
+        hooks = [hook for module in embed.modules() for hook in module._forward_pre_hooks.values()]
+        by_row = any("adapter_names" in getattr(hook, "keywords", {}) for hook in hooks)
         ids = torch.arange(self.config.vocab_size, device=rows.device)[None]
         return embed(ids.expand(len(rows), -1)) if by_row else embed(ids)[0]
 
@@ -428,7 +308,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def make_context(
         self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FeedbackCache | None
     ) -> tuple[Context, Tensor | None]:
-        """What the parts may know of these positions, and the order [B, T] that puts the real ones first."""
+        """Return what the parts may know of these positions, and the order [B, T] that puts the real ones first."""
         self.check_shapes(embedded, position_ids, cache)
         batch, length, _ = embedded.shape
         offset = 0 if cache is None else cache.length
@@ -485,7 +365,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             )
 
     def check_order(self, position_ids: Tensor, mask: Tensor | None) -> None:
-        """Real positions [B, T] rise, as texts that are packed into one row don't: they would read each other."""
+        """Reject positions [B, T] that do not rise where they are real: texts packed into one row, most likely."""
         if torch.compiler.is_compiling() or (position_ids.shape[1] == 1 and self.positions is None):
             return
         real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
@@ -496,7 +376,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError(f"position_ids must be 0 or more, and below {len(table) - self.first_position}.")
 
     def check_steps(self, cache: FeedbackCache | None, num_steps: int | None, every_step: bool) -> None:
-        """A cache has a slot for every pass that is decoded; its steps can't change halfway through a text."""
+        """Reject a change of steps halfway through a text: a cache has a slot for every pass that is decoded."""
         if cache is None:
             return
         steps = (self.loop.num_passes(num_steps) or 1, every_step, self.config.shared_step_cache)

@@ -147,7 +147,6 @@ class FeedbackGenerationMixin(GenerationMixin):
     model: FeedbackModel
     config: FeedbackConfig
     training: bool
-    _is_stateful = True  # a feedback state can't be undone, so assisted decoding is refused
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -195,8 +194,12 @@ class FeedbackGenerationMixin(GenerationMixin):
             input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
         )
 
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("Assisted decoding takes tokens back, and a feedback state can't be undone: leave it out.")
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching, which generate_batch and cache_implementation='paged' end in."""
+        raise ValueError(
+            "Continuous batching pages keys and values, and a feedback model keeps states too: use generate() on a "
+            "padded batch instead."
+        )
 
 
 class FeedbackLMHead(FeedbackHead):
@@ -288,7 +291,8 @@ class FeedbackClassifier(FeedbackHead):
     @property
     def single_label(self) -> bool:
         """Tell whether a prediction is a choice among classes, as far as the config says."""
-        return self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
+        kind = self.config.problem_type
+        return kind == "single_label_classification" or (kind is None and self.num_labels > 1)
 
     @property
     def learns_to_halt(self) -> bool:  # type: ignore[override]
@@ -308,18 +312,19 @@ class FeedbackClassifier(FeedbackHead):
         numbers = self.num_labels == 1 or self.config.problem_type == "regression"
         return self.feedback(logits if numbers else logits.softmax(-1))
 
-    def set_problem_type(self, labels: Tensor | None, batch: int) -> None:
+    def set_problem_type(self, labels: Tensor | None, given: Tensor | None) -> None:
         """Set the `problem_type` that the labels of a call tell, before a prediction is fed back.
 
         Args:
             labels: [B] classes or numbers, or [B, L] numbers.
-            batch: rows of the input.
+            given: the input of the call, [B, ...].
 
         Raises:
             ValueError: the labels are not those of the problem, which then is not set.
         """
-        if labels is None:
+        if labels is None or given is None:
             return
+        batch = given.shape[0]
         size, floats, told = self.num_labels, labels.is_floating_point(), self.config.problem_type
         multi, single = "multi_label_classification", "single_label_classification"
         problem = told or ("regression" if size == 1 else multi if floats else single)
@@ -339,7 +344,7 @@ class FeedbackClassifier(FeedbackHead):
             )
         if one_class:
             check_classes(labels, "num_labels", size)
-        self.config.problem_type = problem
+        self.config.problem_type = cast(Any, problem)
 
     def pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
         """Return the last real position of each row where causal, the mean of the real ones otherwise, [B, D]."""

@@ -29,7 +29,7 @@ class FeedbackForImageClassification(FeedbackClassifier):
         The other arguments are those of FeedbackModel; Trainer gives `num_items_in_batch`, the number of labels in a
         batch that may come in parts.
         """
-        self.set_problem_type(labels, 0 if pixel_values is None else len(pixel_values))
+        self.set_problem_type(labels, pixel_values)
         outputs = self.run(
             labels is not None,
             pixel_values=pixel_values,

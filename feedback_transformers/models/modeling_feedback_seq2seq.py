@@ -5,6 +5,7 @@ Shapes: B batch, S source positions, T target positions, D hidden size, V vocabu
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,12 @@ class FeedbackSeq2SeqOutput(ModelOutput):
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
+
+    @property
+    def hidden_states(self) -> tuple[Tensor, ...] | None:
+        """Return `decoder_hidden_states` by its name in 0.1.0."""
+        warnings.warn("Read decoder_hidden_states instead of hidden_states.", FutureWarning, stacklevel=2)
+        return self.decoder_hidden_states
 
 
 class SourceEncoder:

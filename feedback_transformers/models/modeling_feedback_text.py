@@ -45,21 +45,21 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
         position_ids: Tensor | None = None,
         past_key_values: FeedbackCache | None = None,
         inputs_embeds: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_feedback_steps: int | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        token_type_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> FeedbackOutput:
         """Return logits [B, T, V], or those of the last `logits_to_keep` positions, and the loss.
 
         labels [B, T] are shifted here, and -100 is left out. So is the first token of a text, wherever padding stands:
-        the loss does not depend on the side. See `targets_of_texts` for a batch in several parts. Trainer's label
-        smoothing takes its loss outside of the model: pad on the right there, or label the first token -100.
+        the loss does not depend on the side. For a batch in several parts, and for Trainer's label smoothing, which
+        takes its loss outside of the model, pad on the right or use training.DataCollatorForLeftPadding.
 
         Args:
             kwargs: `shift_labels` [B, T], labels that are shifted already, and `ignore_index`, -100 where left out.
@@ -99,10 +99,10 @@ class FeedbackForMaskedLM(FeedbackLMHead):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
@@ -136,11 +136,11 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: FeedbackCache | None = None,
-        inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
@@ -151,8 +151,7 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         Without a mask, `pad_token_id` tells the padding. A retrofitted decoder does as its original: it reads at the
         last token that is not `pad_token_id`, whatever the mask says, and masks nothing where there is no mask.
         """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        self.set_problem_type(labels, 0 if given is None else len(given))
+        self.set_problem_type(labels, input_ids if inputs_embeds is None else inputs_embeds)
         mask = attention_mask
         pad, as_original = self.config.pad_token_id, self.config.retrofitted_from and self.config.is_causal
         if input_ids is not None and pad is not None and (mask is None or as_original):
@@ -194,11 +193,11 @@ class FeedbackForTokenClassification(FeedbackClassifier):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: FeedbackCache | None = None,
-        inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        labels: Tensor | None = None,
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
@@ -278,11 +277,11 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,

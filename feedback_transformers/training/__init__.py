@@ -2,11 +2,13 @@
 
 from .callbacks import SampleFeedbackSteps, draw_steps, own_steps, set_steps, trained_with, with_steps
 from .checkpoints import Sigterm, check_complete, last_complete_checkpoint, saving, train_safely
+from .collators import DataCollatorForLeftPadding
 from .distillation import Distill, divergence
 from .non_finite import StopOnNonFinite, first_non_finite
 from .optimizers import MuonAdamW
 
 __all__ = [
+    "DataCollatorForLeftPadding",
     "Distill",
     "MuonAdamW",
     "SampleFeedbackSteps",

@@ -117,17 +117,26 @@ def own_steps(model: nn.Module) -> int | None:
 
 @contextmanager
 def with_steps(model: nn.Module, num_steps: int) -> Iterator[None]:
-    """Set the number of passes in the config for the time of a `with` block, as evaluation reads it there."""
+    """Set the number of passes in the config for the time of a `with` block, as evaluation reads it there.
+
+    A number that the model was not trained with is chosen on purpose there, and does not warn.
+    """
     configs = [loop.config for loop in loops_of(model)]
-    names = ["num_feedback_steps" if config.feedback_axis == "depth" else "solver_steps" for config in configs]
-    before = [getattr(config, name) for config, name in zip(configs, names, strict=True)]
+    before = [(config, name, getattr(config, name)) for config in configs for name in _names_of_steps(config)]
     try:
-        for config, name in zip(configs, names, strict=True):
-            setattr(config, name, num_steps)
+        for config in configs:
+            for name, value in zip(_names_of_steps(config), (num_steps, None), strict=False):
+                setattr(config, name, value)
         yield
     finally:
-        for config, name, steps in zip(configs, names, before, strict=True):
-            setattr(config, name, steps)
+        for config, name, value in before:
+            setattr(config, name, value)
+
+
+def _names_of_steps(config: Any) -> list[str]:
+    """Return the fields with the number of passes and the trained ones, as far as a checkpoint's code has them."""
+    name = "num_feedback_steps" if config.feedback_axis == "depth" else "solver_steps"
+    return [name] + ["trained_feedback_steps"] * hasattr(config, "trained_feedback_steps")
 
 
 def loops_of(model: nn.Module) -> list[Any]:

@@ -192,6 +192,33 @@ RETROFIT = Recipe(
     smoke={**SMALL_CHECKPOINT, "output_dir": "runs/smoke/retrofit", "max_steps": 4, "save_steps": 2},
 )
 
+CHATS = Recipe(
+    training={
+        "output_dir": "runs/chats",
+        "max_steps": 1000,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0.05,
+        "eval_strategy": "steps",
+        "eval_steps": 500,
+        "save_steps": 500,
+        "assistant_only_loss": True,
+        "bf16": False,
+        "gradient_checkpointing": None,  # not at all: TRL's own default, for large models
+        "packing": False,  # the feedback of a chat would reach the next one in its row
+    },
+    smoke={
+        **TINY,
+        "output_dir": "runs/smoke/chats",
+        "max_steps": 4,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "max_train_samples": 32,
+        "max_eval_samples": 8,
+        "per_device_train_batch_size": 4,
+    },
+)
+
 IMAGES = Recipe(
     architecture={
         "feedback_axis": "depth",
