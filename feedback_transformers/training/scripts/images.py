@@ -42,9 +42,7 @@ def image_splits(files: dict[str, str]) -> dict[str, str]:
         beside = {split: folder for split in ("validation", "test") if (folder := _named(root.parent, SPLITS[split]))}
     else:
         return files
-    found = {split: str(folder) for split, folder in beside.items() if split not in files or split == "train"}
-    for split, folder in found.items():
-        print(f"The {split} images are those of {folder}")
+    found = {split: str(path) for split, path in beside.items() if split not in files or split == "train"}
     return {**files, **found}
 
 
@@ -140,7 +138,8 @@ def look_at(value: Any) -> Look:
         eight_bits(image)
     except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, DecompressionBombError) as error:
         return Look(fault=str(error).partition("\n")[0] or type(error).__name__)
-    return Look(*image.size, image.mode in GREY, image.mode in DEEP)
+    width, height = image.size
+    return Look(width, height, image.mode in GREY, image.mode in DEEP)
 
 
 def eight_bits(image: Picture) -> Picture:
