@@ -1,4 +1,4 @@
-"""The model card of a retrofitted SmolLM2: `python -m benchmarks.retrofit.card` writes what the results file says."""
+"""Write the model card of a retrofitted SmolLM2 from the results: `python -m benchmarks.retrofit.card`."""
 
 from __future__ import annotations
 

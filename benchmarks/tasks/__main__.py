@@ -1,11 +1,11 @@
-"""What feedback buys: published tasks, on three seeds.
+"""Measure what feedback buys, on published tasks with three seeds.
 
     python -m benchmarks.tasks                                    # every missing run of every task, then the report
     python -m benchmarks.tasks --task parity --models feedback gru --seeds 0
     python -m benchmarks.tasks --report                           # tables and plots of the runs that are there
     python -m benchmarks.tasks --smoke                            # a few steps of everything, nothing is written
 
-Each run is appended to results/tasks/<task>.jsonl when it has finished, and a run that is there is not repeated.
+Each run is appended to results/tasks/<task>.jsonl when it has finished. A run that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALL = (
 TASKS: dict[str, Task] = {task.name: task for task in ALL}
 
 
-OVERVIEW = {  # of each task that is no matter of gradient modes or passes, what is asked
+OVERVIEW = {  # what is asked, of each task that does not compare gradient modes or passes
     "parity": ("scaled accuracy", "parity"),
     "mod5": ("scaled accuracy", "mod 5"),
     "mod5-brackets": ("scaled accuracy", "mod 5, brackets"),
@@ -57,7 +57,7 @@ TITLES = {
 
 
 def overview() -> list[str]:
-    """The rows of one table: the mean of each model on each task, and on how many seeds."""
+    """Return the rows of one table: the mean of each model on each task, and on how many seeds."""
     runs, rows = {name: TASKS[name].finished() for name in OVERVIEW}, []
     for model, title in TITLES.items():
         cells = []
@@ -93,7 +93,7 @@ SEEDS_OF = {  # heading -> the tasks and metrics of its columns, and the models 
 
 
 def by_seed(heading: str) -> list[str]:
-    """The rows of a table of single runs."""
+    """Return the rows of a table of single runs."""
     columns, titles = SEEDS_OF[heading]
     runs = {column: (TASKS[name].finished(), metric) for column, (name, metric) in columns.items()}
     rows = []
