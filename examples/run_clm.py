@@ -45,7 +45,8 @@ class TextArguments(scripts.DataArguments):
     vocab_size: int = field(default=2048, metadata={"help": "Of a new bpe tokenizer."})
     block_size: int = field(default=128, metadata={"help": "Tokens per training example."})
     muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Train matrices with Muon at this rate, and the rest with AdamW."}
+        default=None,
+        metadata={"help": "Train matrices with Muon at this rate, and the rest with AdamW; 0 is AdamW alone."},
     )
 
 

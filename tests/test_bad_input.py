@@ -79,7 +79,7 @@ CONFIGS = [
     ({"pad_token_id": -1}, "pad_token_id is -1; it must be at least 0 and below vocab_size"),
     ({"solver": "jacobi"}, "in depth use 'sequential'"),
     ({"feedback_interval": 2}, "it needs feedback_axis='time'; set it to 1"),
-    ({"feedback_connection": "memory"}, "needs feedback_type='transformer', feedback_axis='time'"),
+    ({"feedback_connection": "memory"}, "'memory' needs feedback_axis='time'."),
     ({"feedback_connection": "memory", "feedback_axis": "time", "feedback_interval": 2}, "set feedback_interval=1"),
     (
         {"feedback_connection": "memory", "feedback_axis": "time", "feedback_signal": "output"},

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import PRESETS_MEMORY, assert_close, build, each_axis, each_cell, pad, tokens
+from conftest import PRESETS_MEMORY, assert_close, build, pad, tokens
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -22,11 +22,10 @@ def parts(axis: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{}, {"feedback_axis": "time", "feedback_type": "gru"}, {"feedback_type": "conv"}],
-    ids=["depth", "time-gru", "depth-conv"],
+    ("fields", "masked"),
+    [({}, False), ({}, True), ({"feedback_axis": "time", "feedback_type": "lstm"}, True)],
+    ids=["depth", "depth-masked", "time-masked"],
 )
-@pytest.mark.parametrize("masked", [False, True])
 @torch.no_grad()
 def test_onnx_equals_eager(fields, masked):
     """onnxruntime, which knows nothing of this package, computes the same; the cache comes back as one."""
@@ -43,8 +42,10 @@ def test_onnx_equals_eager(fields, masked):
             assert_close(made, kept, 1e-4)
 
 
-@each_cell
-@each_axis
+@pytest.mark.parametrize(
+    ("cell", "axis"),
+    [*((cell, "time") for cell in CELLS), ("gru", "depth"), ("conv", "depth")],
+)
 @torch.no_grad()
 def test_exported_prefill_and_decode_equal_eager(cell, axis):
     """The two programs that transformers makes of generate(), run one after the other."""
@@ -115,10 +116,9 @@ def test_a_walk_over_an_open_length_is_refused(fields):
         torch.export.export(model, (tokens(2, 6),), dynamic_shapes={"ids": DYNAMIC})
 
 
-@pytest.mark.parametrize("fields", [MEMORY, {"feedback_axis": "time"}, {}], ids=["memory", "time", "depth"])
 @torch.no_grad()
-def test_one_graph_equals_eager(fields):
-    model, batch = build(**fields), tokens(1, 5)
+def test_shared_memory_in_one_graph_equals_eager():
+    model, batch = build(**MEMORY), tokens(1, 5)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(batch, use_cache=False).logits, model(batch, use_cache=False).logits, 1e-5)

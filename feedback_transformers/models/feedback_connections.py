@@ -1,7 +1,8 @@
-"""CONNECTIONS: c(e, φ(y)), how feedback enters a step.
+"""CONNECTIONS: how feedback enters a step, c(e, φ(y)).
 
-Shapes: e and φ(y) are [B, T, D]; so is the result. A closed connection gives e whatever φ is, and opens by its first
-gradient: what a retrofitted model begins with.
+A closed connection returns e for any φ, and its first gradient opens it; retrofitted models begin with one.
+
+Shapes: e, φ(y) and the result are [B, T, D].
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from .configuration_feedback import FeedbackConfig
 
 
 class GateConnection(nn.Module):
-    """e + a · σ(W_g [e; norm(φ)] + b) ∘ W_s norm(φ), as in the Recurrent Looped Transformer (Zhang 2026)."""
+    """e + a · σ(W_g [e; norm(φ)] + b) ∘ W_s norm(φ), in the spirit of Zhang 2026, Recurrent Looped Transformer."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -33,12 +34,13 @@ class GateConnection(nn.Module):
         return e + self.scale * gate * self.signal_proj(signal)
 
     def close(self) -> None:
-        for parameter in (self.signal_proj.weight, *self.gate_proj.parameters()):  # the same in every closed model
+        """Make the connection return e; every closed connection is the same."""
+        for parameter in (self.signal_proj.weight, *self.gate_proj.parameters()):
             nn.init.zeros_(parameter)
 
 
 class AddConnection(nn.Module):
-    """e + W norm(φ): the context units of Jordan 1986, and the input injection of looped transformers."""
+    """e + W norm(φ), in the spirit of Jordan's context units (1986) and of input injection in looped transformers."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -49,11 +51,12 @@ class AddConnection(nn.Module):
         return e + self.signal_proj(self.norm(signal))
 
     def close(self) -> None:
+        """Make the connection return e."""
         nn.init.zeros_(self.signal_proj.weight)
 
 
 class ConcatConnection(nn.Module):
-    """W [e; norm(φ)], the adapter of recurrent-depth models (Geiping et al. 2025, arXiv:2502.05171)."""
+    """W [e; norm(φ)], in the spirit of the adapter of Huginn (Geiping et al. 2025), which has no norm."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -64,11 +67,12 @@ class ConcatConnection(nn.Module):
         return self.signal_proj(torch.cat([e, self.norm(signal)], dim=-1))
 
     def close(self) -> None:
-        nn.init.eye_(self.signal_proj.weight)  # [D, 2 D]: e as it is, and nothing of φ
+        """Make the connection return e."""
+        nn.init.eye_(self.signal_proj.weight)  # [D, 2D]: the identity for e, zero for φ
 
 
 class MemoryConnection(nn.Module):
-    """e alone: feedback enters through the attention of the cell, which reads the shared memory of past steps."""
+    """e alone: feedback enters through the cell's attention, which reads the shared memory of past positions."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()

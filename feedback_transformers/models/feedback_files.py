@@ -54,6 +54,19 @@ def stale_weights(names: Iterable[str]) -> list[str]:
     return stale
 
 
+def replaced_weights(names: Iterable[str], saved: Iterable[str]) -> list[str]:
+    """Return the weights and indices among `names` which the files of a save replace without having their names."""
+    saved = set(saved)
+    stems = {found["stem"] for name in saved if (found := WEIGHTS.fullmatch(name))}
+    replaced = []
+    for name in set(names) - saved:
+        weights, index = WEIGHTS.fullmatch(name), INDEX.fullmatch(name)
+        stem = weights["stem"] if weights else index and f"model{index['variant'] or ''}"
+        if stem in stems:
+            replaced.append(name)
+    return sorted(replaced)
+
+
 def finish_save(folder: str | Path) -> None:
     """Remove the weights that this save replaced, and write SHA256SUMS for the others."""
     folder = Path(folder)

@@ -191,26 +191,33 @@ class GRUScan(Function):
 
 
 def linear_scan(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
-    """h_t = a_t ∘ h_{t-1} + b_t: a and b [B, T, D], start [B, D] -> [B, T, D]"""
+    """Solve h_t = a_t ∘ h_{t-1} + b_t: a and b [B, T, D], start [B, D] -> h [B, T, D]."""
     return LinearScan.apply(a, b, start, reverse)
 
 
 def diagonal_gru(gates: Tensor, weight: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
-    """gates [B, T, 3D], weight [3, D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
+    """Run a diagonal GRU: gates [B, T, 3D], weight [3, D], start [B, D] -> h [B, T, D].
+
+    h stays where mask is False.
+    """
     return DiagonalGRUScan.apply(gates, weight, start, everywhere(gates) if mask is None else mask, reverse)
 
 
 def min_gru(gates: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
-    """gates [B, T, 2D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
+    """Run a minGRU: gates [B, T, 2D], start [B, D] -> h [B, T, D]; h stays where mask is False."""
     return MinGRUScan.apply(gates, start, everywhere(gates) if mask is None else mask, reverse)
 
 
 def gru(gates: Tensor, weight: Tensor, bias: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
-    """gates [B, T, 3D], weight [3D, D], bias [3D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
+    """Run a GRU: gates [B, T, 3D], weight [3D, D], bias [3D], start [B, D] -> h [B, T, D].
+
+    h stays where mask is False.
+    """
     return GRUScan.apply(gates, weight, bias, start, everywhere(gates) if mask is None else mask, reverse)
 
 
 def everywhere(gates: Tensor) -> Tensor:
+    """Return a mask [B, T] without padding."""
     return torch.ones(gates.shape[:2], dtype=torch.bool)
 
 

@@ -1,7 +1,7 @@
 """The feedback loop: h_t = f(c(e_t, φ(y_{t-1})), h_{t-1}), y_t = g(h_t).
 
-"t" is a position (axis `time`) or a pass over all positions (axis `depth`). Both are the fixed point of one map
-h = F(e, S·h), where S shifts by one position (time) or not at all (depth); the solver says how it is reached.
+"t" is a position (axis `time`) or a pass over all positions (axis `depth`). Both solve h = F(e, S·h), where S shifts
+by one position (time) or by none (depth). The solver says how the solution is reached.
 
 Shapes: B batch, T positions, D hidden size.
 """
@@ -32,33 +32,37 @@ logger = logging.get_logger(__name__)
 
 
 class Readout(NamedTuple):
-    """What the loop may ask of the decoder and the head."""
+    """Functions of the decoder and the head that the loop may call."""
 
     decode: Callable[[Tensor, Context], Tensor]  # h [B, T, D] -> y [B, T, D]
-    embed: Callable[[Tensor], Tensor]  # y -> the prediction made of it, embedded back, [B, T, D]
+    embed: Callable[[Tensor], Tensor]  # y -> its prediction, embedded again, [B, T, D]
     predict: Callable[[Tensor], Tensor]  # y -> its logits [B, T, V]
 
 
 @dataclass
 class Pass:
-    """What one pass leaves to the next."""
+    """Results of one pass, which the next one reads."""
 
     h: Tensor  # [B, T, D]
-    state: State  # of the cell, on the depth axis
-    y: Any = None  # [B, T, D], where something reads it
-    signal: Tensor | None = None  # [B, T, D] φ, at the positions that made it
-    shifted: Tensor | None = None  # [B, T, D] S·φ, at the positions that read it
+    state: State  # state of the cell, on the depth axis
+    y: Any = None  # [B, T, D], if something reads it
+    signal: Tensor | None = None  # [B, T, D] φ at the positions that made it
+    shifted: Tensor | None = None  # [B, T, D] S·φ at the positions that read it
 
 
 class LoopOutput(NamedTuple):
-    states: list[Tensor]  # h [B, T, D], of each pass where every step was asked for, else of the last alone
+    """Results of the loop."""
+
+    states: list[Tensor]  # h [B, T, D] of every pass if asked for, else of the last one only
     outputs: list[Tensor]  # y [B, T, D], likewise
-    num_steps: Tensor | None = None  # [B, T] passes that each position made, where they may stop before the last
-    probabilities: list[Tensor] | None = None  # [B, T] of stopping at each pass, in training with learned halting
-    halting_loss: Tensor | None = None  # [B, T] of each position
+    num_steps: Tensor | None = None  # [B, T] passes of each position, if it may stop before the last
+    probabilities: list[Tensor] | None = None  # of stopping at each pass, [B, T], in training with learned halting
+    halting_loss: Tensor | None = None  # [B, T] added loss of each position
 
 
 class FeedbackLoop(nn.Module):
+    """Connection and cell, and the loop over passes or positions that runs them."""
+
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
         self.config = config
@@ -67,11 +71,16 @@ class FeedbackLoop(nn.Module):
         self.cross_attention = CrossAttention(config) if config.is_encoder_decoder else None
         self.halting = None if config.halting == "fixed" else HALTING[config.halting](config)
         self.gradient_checkpointing = False
-        self.num_steps: int | None = None  # in training; set by training.SampleFeedbackSteps for the steps it trains
+        self.num_steps: int | None = None  # in training, set by training.SampleFeedbackSteps
 
     def forward(
         self, e: Tensor, context: Context, readout: Readout, num_steps: int | None = None, every_step: bool = False
     ) -> LoopOutput:
+        """Run the loop on e [B, T, D].
+
+        `num_steps` replaces the passes of the config; `every_step` asks for the results of every pass. Raises
+        ValueError if config.halting was changed after the model was made.
+        """
         passes = self.num_passes(num_steps)
         self.check_trained(passes)
         kind = HALTING.get(self.config.halting, type(None))
@@ -89,7 +98,10 @@ class FeedbackLoop(nn.Module):
         return made
 
     def num_passes(self, num_steps: int | None = None) -> int | None:
-        """How many passes a call makes at most; None where it goes position by position."""
+        """Return how many passes a call makes at most; None where it goes position by position.
+
+        Raises ValueError for numbers below 1, and for a number of passes where none are made.
+        """
         config = self.config
         if num_steps is None and self.training:
             num_steps = self.num_steps
@@ -98,7 +110,7 @@ class FeedbackLoop(nn.Module):
             if not isinstance(steps, int) or steps < 1:
                 raise ValueError(f"{name} is {steps!r}; it must be a whole number of at least 1.")
         if config.feedback_signal == "none" and config.feedback_type not in RECURRENT_TYPES:
-            return 1  # nothing is fed back: every pass would be the same
+            return 1  # nothing is fed back, so all passes would be the same
         if config.feedback_axis == "depth":
             return num_steps or config.num_feedback_steps
         if config.in_passes and config.feedback_signal != "none":
@@ -123,7 +135,7 @@ class FeedbackLoop(nn.Module):
     # The equation
 
     def connect(self, e: Tensor, signal: Tensor | None, context: Context) -> Tensor:
-        """c(e, φ), and what cross-attention reads of the source; without a past, φ is zero."""
+        """Return c(e, φ), plus what cross-attention reads of the source; without a past, φ is zero."""
         if self.config.feedback_signal == "none":
             signal = e
         elif signal is None:
@@ -136,7 +148,7 @@ class FeedbackLoop(nn.Module):
     def step(
         self, e: Tensor, signal: Tensor | None, state: State, context: Context, number: int
     ) -> tuple[Tensor, State]:
-        """f(c(e, φ), h') at all positions given, [B, T, D]."""
+        """Return f(c(e, φ), h') at all given positions, [B, T, D], and the new state."""
         x = self.connect(e, signal, context)
         if self.config.feedback_axis == "depth":
             return self.cell.step(x, state, context.for_part("cell", number))
@@ -145,20 +157,20 @@ class FeedbackLoop(nn.Module):
     # Depth, and time in parallel
 
     def over_passes(self, e: Tensor, context: Context, readout: Readout, passes: int, every_step: bool) -> LoopOutput:
-        """All positions, at most `passes` times: exact in depth; in time Jacobi's iteration or Gauss and Seidel's."""
+        """Run all positions at most `passes` times: exact in depth, along time an iteration of the solver."""
         config, grad, given = self.config, torch.is_grad_enabled(), context
-        if grad:  # keys kept from a pass without gradient, or within a checkpoint, would lose it
+        if grad:  # keys of the source from a pass without gradient would lose theirs
             context = replace(context, cross_attention=None)
         stops, reads_prediction = self.stops, self.stops and self.halting.reads_prediction
         if stops and self.checkpoints:
             raise ValueError("halting='act' can't be trained with gradient checkpointing: disable one of them.")
         remembers = config.feedback_connection == "memory" and config.feedback_signal != "none"
         if context.cache is None and (config.solver == "gauss_seidel" or remembers or (stops and config.is_causal)):
-            context = replace(context, cache=FeedbackCache())  # of this call
+            context = replace(context, cache=FeedbackCache())  # for this call only
         progress = None if self.halting is None else Progress.start(e, context.mask)
-        every_step = every_step or (config.halting == "learned" and self.training)  # it weighs their losses
+        every_step = every_step or (config.halting == "learned" and self.training)  # it weighs the losses of all
         first = max(0, passes - (config.gradient_steps or passes))
-        resume = first if grad and first else passes  # after convergence: a truncated gradient wants its passes
+        resume = first if grad and first else passes  # a truncated gradient needs its passes after convergence too
         watched = every_step or progress is not None or config.solver_tolerance is not None
         segment = 1 if watched or not grad else self.segment(passes - first)
         made: list[Pass] = []
@@ -189,20 +201,20 @@ class FeedbackLoop(nn.Module):
         return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss)
 
     def keep_in_graph(self, y: Tensor) -> Tensor:
-        """y, with a gradient of zero for the weights that only later steps read: DDP waits for that of each weight."""
+        """Return y with a zero gradient for weights that only later steps read: DDP waits for that of each weight."""
         parts = [] if self.halting is None else [*self.halting.parameters()]
         weights = [*parts, getattr(self.cell, "layer_weights", None)]
         return y + sum(0.0 * p.sum() for p in weights if p is not None and p.requires_grad)
 
     @property
     def stops(self) -> bool:
-        """Whether positions may stop before the last pass."""
+        """Whether positions may stop before the last pass of this call."""
         return self.halting is not None and bool(self.halting.in_training or not self.training)
 
     def segment(self, passes: int) -> int:
-        """How many passes to checkpoint as one, of those with a gradient: about as many as there are such segments.
+        """Return how many passes with a gradient are checkpointed as one segment: √K of K passes, 1 of few.
 
-        So 2√K inputs of passes are kept for a third forward, where K would be for a second; few passes don't need it.
+        About 2√K inputs of passes are then kept instead of K.
         """
         config = self.config
         by_step = config.feedback_signal == "output" or config.solver == "gauss_seidel"
@@ -220,7 +232,7 @@ class FeedbackLoop(nn.Module):
         passes: int,
         wanted: bool,
     ) -> Pass:
-        """The last of the passes from `start` to `stop`, out of `passes`."""
+        """Run the passes from `start` to `stop` out of `passes`, and return the last one."""
         if stop - start == 1:
             return self.one_pass(e, before, context, readout, start, wanted, stop == passes)
 
@@ -234,7 +246,7 @@ class FeedbackLoop(nn.Module):
     def one_pass(
         self, e: Tensor, before: Pass | None, context: Context, readout: Readout, number: int, wanted: bool, last: bool
     ) -> Pass:
-        """The pass after `before`; `wanted` where its y is asked for."""
+        """Run the pass after `before`; `wanted` asks for its y."""
         config, by_output = self.config, self.config.feedback_signal == "output"
         shifted, state = (None, None) if before is None else (before.shifted, before.state)
         in_blocks, y = config.solver == "gauss_seidel", None
@@ -249,7 +261,7 @@ class FeedbackLoop(nn.Module):
             y = readout.decode(h, context.for_part("decoder", number))
         now = Pass(h, state, y)
         if config.feedback_signal == "none" or (last and not in_blocks):
-            return now  # no later pass or call reads its signal
+            return now  # nothing reads its signal
         signal = readout.embed(y) if by_output and y is not None else h
         in_time = config.feedback_axis == "time"
         now.signal = signal
@@ -257,7 +269,7 @@ class FeedbackLoop(nn.Module):
         return now
 
     def converged(self, before: Pass | None, now: Pass, context: Context) -> bool:
-        """Whether the last pass changed no signal by more than the tolerance."""
+        """Return whether the last pass changed no signal by more than the tolerance."""
         tolerance = self.config.solver_tolerance
         if tolerance is None or self.config.feedback_axis == "depth" or now.signal is None:
             return False
@@ -269,7 +281,7 @@ class FeedbackLoop(nn.Module):
         return bool(change.max() <= tolerance * size.max())
 
     def skip(self, now: Pass, context: Context, start: int, stop: int) -> None:
-        """Leaves in the cache what the passes from `start` to `stop` would, which change nothing any more."""
+        """Write to the cache what the passes from `start` to `stop` would, which change nothing any more."""
         if context.cache is None:
             return
         for number in range(start, stop):
@@ -301,11 +313,11 @@ class FeedbackLoop(nn.Module):
         return self._gradient_checkpointing_func(again, *args)
 
     def previous(self, signal: Tensor, context: Context) -> Tensor:
-        """S: each position reads the signal at the end of the chunk before its own. [B, T, D] -> [B, T, D]."""
+        """Apply S: each position reads the signal at the end of the chunk before its own. [B, T, D] -> [B, T, D]"""
         interval, (batch, length, size) = self.config.feedback_interval, signal.shape
         state = context.state()
         held = signal.new_zeros(batch, size) if state is None else state[0]
-        known = torch.cat([held[:, None].to(signal.dtype), signal], dim=1)  # what stands at column t + 1 happened at t
+        known = torch.cat([held[:, None].to(signal.dtype), signal], dim=1)  # column t + 1 holds the signal of t
         columns = torch.arange(length, device=signal.device)
         end = columns - (context.count[:, None] + columns) % interval
         real = length if context.lengths is None else context.lengths
@@ -318,11 +330,11 @@ class FeedbackLoop(nn.Module):
     # Time, block by block
 
     def over_positions(self, e: Tensor, context: Context, readout: Readout) -> LoopOutput:
-        """Position by position, or chunk by chunk of `feedback_interval`: exact, and what decoding does."""
+        """Run position by position, or chunk by chunk of `feedback_interval`: exact, and as decoding does it."""
         given = context
-        if context.cache is None:  # the cell's memory of this call
+        if context.cache is None:  # for this call only
             context = replace(context, cache=FeedbackCache())
-        # What is deferred is kept, which checkpointing is not to do.
+        # Deferring keeps the inputs of all steps, which checkpointing is there to avoid.
         defers = torch.is_grad_enabled() and not torch.compiler.is_compiling() and not self.checkpoints
         with DeferredWeightGradients() if defers else nullcontext():
             h, y, held = self.sweep(e, None, context, readout, 0, self.config.feedback_interval)
@@ -335,8 +347,11 @@ class FeedbackLoop(nn.Module):
     def sweep(
         self, e: Tensor, shifted: Tensor | None, context: Context, readout: Readout, number: int, block: int
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Blocks of positions in turn, each reading the signal of the blocks before it, and within itself `shifted`,
-        that of the pass before. h [B, T, D], y [B, T, D] where it is fed back, and the last signal [B, D]."""
+        """Run blocks of positions in turn; each reads the signal of the blocks before it, and within itself `shifted`,
+        the signal of the pass before.
+
+        Returns h [B, T, D], y [B, T, D] if it is fed back, and the last signal [B, D].
+        """
         config, (batch, length, size) = self.config, e.shape
         feeds, by_output = config.feedback_signal != "none", config.feedback_signal == "output"
         decoder_slot: str | int = number
@@ -345,7 +360,7 @@ class FeedbackLoop(nn.Module):
             decoder_slot, truncate = "last", config.gradient_steps if torch.is_grad_enabled() else None
 
         def walk(held: Tensor, given: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
-            """h and y of some spans, the last signal, and that of the last chunk finished before the block."""
+            """Return h and y of some spans, the last signal, and that of the last chunk finished before the block."""
             states: list[Tensor] = []
             outputs: list[Tensor] = []
             for start, stop in spans:
@@ -371,7 +386,7 @@ class FeedbackLoop(nn.Module):
         held = e.new_zeros(batch, size) if kept is None else kept[0].to(e.dtype)  # of the last finished chunk
         given, made = held, []
         runs = [self.spans(context, block if feeds else None, truncate)]
-        if self.checkpoints:  # √T runs of √T positions, or of blocks, keep what is least
+        if self.checkpoints:  # √T runs of √T positions, or as many of blocks, keep least
             spans = runs[0] if feeds else self.spans(context, isqrt(length), truncate)
             each = isqrt(len(spans)) if feeds else 1
             runs = [spans[first : first + each] for first in range(0, len(spans), each)]
@@ -384,8 +399,10 @@ class FeedbackLoop(nn.Module):
     def within_block(
         self, given: Tensor, shifted: Tensor | None, context: Context, start: int, stop: int, block: int
     ) -> Tensor:
-        """The signal that each position from `start` to `stop` of a block reads, [B, stop - start, D]: `given` [B, D]
-        of the blocks before, or that of the pass before where a chunk ends within the block."""
+        """Return the signal that positions from `start` to `stop` of a block read, [B, stop - start, D].
+
+        That is `given` [B, D] of the blocks before, or the signal of the pass before if a chunk ends within the block.
+        """
         signal, interval = given[:, None].expand(-1, stop - start, -1), self.config.feedback_interval
         if interval % block == 0:
             return signal
@@ -394,18 +411,18 @@ class FeedbackLoop(nn.Module):
         return torch.where((counts % interval >= counts % block)[..., None], signal, old)
 
     def spans(self, context: Context, block: int | None, truncate: int | None) -> list[tuple[int, int]]:
-        """The columns between which no row has the beginning of a block, nor the gradient its end."""
+        """Split the columns so that no block and no gradient window is cut in two."""
         length = fixed_length(context.position_ids.shape[1])
         bounds = {0, length, *range(0, length, truncate or length)}
         if block is not None:
-            begins = block == 1 or context.offset == 0  # a list of what tensors hold can't be exported
+            begins = block == 1 or context.offset == 0  # torch.export can't follow a list of tensor values
             offsets = {0} if begins else set((-context.count % block).tolist())
             bounds.update(start for offset in offsets for start in range(offset, length, block))
         starts = sorted(bounds)
         return list(zip(starts, starts[1:], strict=False))
 
     def last_of_chunk(self, signal: Tensor, held: Tensor, context: Context, start: int, stop: int) -> Tensor:
-        """Of `signal` [B, stop - start, D]: that of the last chunk finished before `stop`, else `held` [B, D]."""
+        """Return the signal of the last chunk finished before `stop`, of `signal` [B, stop - start, D], or `held`."""
         interval = self.config.feedback_interval
         if interval == 1 and context.lengths is None:
             return signal[:, -1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import CommitOperationDelete, HfApi, try_to_load_from_cache
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -19,7 +20,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import attention_of, initialize
-from .feedback_files import check_download, check_sums, drop_sums, finish_save
+from .feedback_files import check_download, check_sums, drop_sums, finish_save, replaced_weights
 
 # Parts that may be added to the body of a trained model, with new weights. A head is outside of the body.
 ADDED = ("loop.halting.", "loop.cross_attention.")
@@ -128,11 +129,20 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         finish_save(save_directory)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload what push_to_hub saved, with a card where this file is the package's own and not a checkpoint's."""
+        """Upload what push_to_hub saved, and remove the weights that it replaces from the repository.
+
+        A card goes along where this file is the package's own and not a checkpoint's.
+        """
         finish_save(working_dir)
         if __name__.startswith("feedback_transformers."):
             import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        commit = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+        api, revision = HfApi(token=kwargs.get("token")), commit.pr_revision or kwargs.get("revision")
+        names = api.list_repo_files(repo_id, revision=revision)
+        if replaced := replaced_weights(names, os.listdir(working_dir)):
+            deletions = [CommitOperationDelete(name) for name in replaced]
+            api.create_commit(repo_id, deletions, commit_message="Remove replaced weights", revision=revision)
+        return commit
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:

@@ -134,6 +134,8 @@ def look_at(value: Any) -> Look:
     if value is None:
         return Look(fault="there is no image")
     try:
+        if value["bytes"] is None and os.path.isfile(value["path"] or ""):  # Pillow leaves a damaged file open
+            value = {**value, "bytes": Path(value["path"]).read_bytes()}
         image = Image().decode_example(value)
         eight_bits(image)
     except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, DecompressionBombError) as error:

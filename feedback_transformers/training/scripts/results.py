@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ... import hub
+from ...card import training_facts
 from ..checkpoints import train_safely
 from .passes import measure_passes
 
@@ -81,6 +82,7 @@ def publish(trainer: Trainer, processor: Any, results: dict[str, float], **card:
     if not trainer.is_world_process_zero():
         return
     push = args.hub_model_id or Path(str(args.output_dir)).name if args.push_to_hub else None
+    card = training_facts(trainer) | card
     publish_model(model, str(args.output_dir), processor, results, push, args.hub_token, **card)
 
 
