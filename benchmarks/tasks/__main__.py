@@ -1,11 +1,11 @@
-"""What feedback buys: published tasks, on three seeds.
+"""Measure what feedback buys, on published tasks with three seeds.
 
     python -m benchmarks.tasks                                    # every missing run of every task, then the report
     python -m benchmarks.tasks --task parity --models feedback gru --seeds 0
     python -m benchmarks.tasks --report                           # tables and plots of the runs that are there
     python -m benchmarks.tasks --smoke                            # a few steps of everything, nothing is written
 
-Each run is appended to results/tasks/<task>.jsonl when it has finished, and a run that is there is not repeated.
+Each run is appended to results/tasks/<task>.jsonl when it has finished. A run that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ SEEDS_OF = {  # heading -> the tasks and metrics of its columns, and the models 
 
 
 def by_seed(heading: str) -> list[str]:
-    """The rows of a table of single runs."""
+    """Return the rows of a table of single runs."""
     columns, titles = SEEDS_OF[heading]
     runs = {column: (TASKS[name].finished(), metric) for column, (name, metric) in columns.items()}
     rows = []

@@ -107,7 +107,8 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         if length < 1:
             raise ValueError(f"{length} steps are asked for: give a prediction_length, or a future, of at least 1.")
         mean, std = past.mean(dim=1, keepdim=True), past.std(dim=1, keepdim=True)
-        flat = std <= 1e-6 * past.abs().amax(dim=1, keepdim=True)  # [B, 1, C] no change beyond rounding
+        rounding = 8 * torch.finfo(past.dtype).eps * past.abs().amax(dim=1, keepdim=True)
+        flat = std <= rounding  # [B, 1, C] no change beyond that
         scale = std + 1e-5
         past, loss = ((past - mean) / scale).masked_fill(flat, 0.0), None
         asked = {
@@ -144,7 +145,8 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
 
         The level of a series may be large beside its changes.
         """
-        values = values.to(torch.promote_types(self.dtype, torch.float32))
+        kind = torch.promote_types(self.dtype, torch.float32)
+        values = values.to(torch.promote_types(kind, values.dtype))
         return values if values.ndim == 3 else values[..., None]
 
     def forecast(self, past: Tensor, length: int, **asked: Any) -> tuple[Tensor, Tensor | None, FeedbackModelOutput]:

@@ -42,9 +42,7 @@ def image_splits(files: dict[str, str]) -> dict[str, str]:
         beside = {split: folder for split in ("validation", "test") if (folder := _named(root.parent, SPLITS[split]))}
     else:
         return files
-    found = {split: str(folder) for split, folder in beside.items() if split not in files or split == "train"}
-    for split, folder in found.items():
-        print(f"The {split} images are those of {folder}")
+    found = {split: str(path) for split, path in beside.items() if split not in files or split == "train"}
     return {**files, **found}
 
 
@@ -136,11 +134,14 @@ def look_at(value: Any) -> Look:
     if value is None:
         return Look(fault="there is no image")
     try:
+        if value["bytes"] is None and os.path.isfile(value["path"] or ""):  # Pillow leaves a damaged file open
+            value = {**value, "bytes": Path(value["path"]).read_bytes()}
         image = Image().decode_example(value)
         eight_bits(image)
     except (OSError, ValueError, SyntaxError, RuntimeError, EOFError, DecompressionBombError) as error:
         return Look(fault=str(error).partition("\n")[0] or type(error).__name__)
-    return Look(*image.size, image.mode in GREY, image.mode in DEEP)
+    width, height = image.size
+    return Look(width, height, image.mode in GREY, image.mode in DEEP)
 
 
 def eight_bits(image: Picture) -> Picture:
@@ -229,7 +230,7 @@ def image_processor(image_size: int, checkpoint: str | None = None, **options: A
     """
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    settings = {"size": {"height": image_size, "width": image_size}, "do_convert_rgb": True}
+    settings: dict[str, Any] = {"size": {"height": image_size, "width": image_size}, "do_convert_rgb": True}
     if checkpoint is not None:
         try:
             found = ViTImageProcessorPil.from_pretrained(checkpoint, **settings, **options)

@@ -165,7 +165,9 @@ def _dates(given: pd.Series, day_first: bool) -> pd.Series:
         warnings.simplefilter("ignore", UserWarning)  # pandas: a format that it can't infer, or that means month first
         zoned = bool(texts.str.contains(r"\d[Tt ].*(?:Z|[+-]\d\d:?\d\d)$", na=False).any())
         year_first = bool(texts.str.match(r"\d{4}", na=False).any())
-        return pd.to_datetime(texts, errors="coerce", dayfirst=day_first and not year_first, utc=zoned)
+        options = {"errors": "coerce", "dayfirst": day_first and not year_first, "utc": zoned}
+        read = pd.to_datetime(texts, **options)  # in the format of the first
+        return read.fillna(pd.to_datetime(texts[read.isna()], format="mixed", **options))  # with no seconds, say
 
 
 def _disorder(times: pd.Series) -> tuple[int, int]:
@@ -220,6 +222,8 @@ def most_common(steps: pd.Series) -> Any:
 
 def _said(step: Any) -> str:
     """Return 0 days 01:00:00 as 1:00:00, and 7 days 00:00:00 as 7 days."""
+    if isinstance(step, int | float):
+        return f"{step:g}"
     return re.sub(r" 00:00:00$|^0 days 0?|(?<=^1 day)s", "", str(step))
 
 
@@ -233,7 +237,7 @@ def is_calendar(times: pd.Series) -> bool:
     same_day = times.dt.day.nunique() == 1 or bool(times.dt.is_month_end.all())
     if same_day and months.nunique() == 1 and months.iloc[0] > 0:
         return True
-    days = times.to_numpy().astype("datetime64[D]")
+    days = times.dt.tz_localize(None).to_numpy().astype("datetime64[D]")
     return bool((times.dt.normalize() == times).all() and (np.busday_count(days[:-1], days[1:]) == 1).all()) and bool(
         np.is_busday(days).all()
     )
