@@ -58,9 +58,18 @@ def results(folder):
     return json.loads((folder / "all_results.json").read_text())
 
 
+def test_minimal_is_short_and_runs(tmp_path):
+    script = EXAMPLES / "minimal.py"
+    assert len(script.read_text().splitlines()) <= 60
+    printed = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=500
+    ).stdout
+    assert "4 passes: validation loss" in printed and (tmp_path / "runs/minimal/model.safetensors").exists()
+
+
 def test_there_is_a_test_and_a_row_of_the_readme_for_every_example():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*METRICS, "demo"}
+    assert scripts == {*METRICS, "demo", "minimal"}
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"[{script}.py]({script}.py)" in readme for script in scripts)
 

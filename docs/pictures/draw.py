@@ -38,7 +38,7 @@ def box(axes: Axes, x: float, y: float, text: str, width: float = 1.5, color: st
     shape.set_edgecolor(INK)
     shape.set_linewidth(1.2)
     axes.add_patch(shape)
-    axes.text(x, y, text, ha="center", va="center", fontsize=11, color=INK)
+    axes.text(x, y, text, ha="center", va="center", fontsize=11, color="white" if color == BLUE else INK)
 
 
 def arrow(
@@ -57,7 +57,7 @@ def blank(axes: Axes, width: float, height: float, bottom: float = 0) -> None:
 
 def draw_loop(axes: Axes) -> None:
     """Encoder, connection, cell and decoder, and the feedback from one step to the next."""
-    blank(axes, 10.4, 3.6)
+    blank(axes, 10.4, 3.15)
     for x, name, letter in ((2.3, "encoder", ""), (4.6, "connection", "c"), (6.6, "cell", "f"), (8.6, "decoder", "g")):
         box(axes, x, 1.2, f"{name}\n{letter}".strip(), 1.45, "#fbe3e6" if name in ("connection", "cell") else GREY)
     axes.text(0.45, 1.2, "input", ha="center", va="center", fontsize=11, color=INK)
@@ -66,13 +66,14 @@ def draw_loop(axes: Axes) -> None:
         (0.95, 1.55, ""),
         (3.05, 3.85, "e"),
         (5.35, 5.85, ""),
-        (7.35, 7.85, "h"),
+        (7.35, 7.85, ""),
         (9.35, 9.6, ""),
     ):
         arrow(axes, (start, 1.2), (end, 1.2))
         axes.text((start + end) / 2, 1.32, label, ha="center", va="bottom", fontsize=11, color=INK)
     axes.plot([7.6, 7.6, 4.6], [1.2, 2.6, 2.6], color=RED, linewidth=2.2, solid_capstyle="round")
     arrow(axes, (4.6, 2.6), (4.6, 1.64), RED)
+    axes.text(7.6, 1.02, "h", ha="center", va="top", fontsize=11, color=INK)
     axes.text(6.1, 2.72, "feedback φ: what the last step found", ha="center", va="bottom", fontsize=11, color=RED)
     axes.text(5.6, 0.3, "runs several times with the same weights", ha="center", va="center", fontsize=10, color=RED)
 
@@ -121,13 +122,13 @@ def draw_axes(axes: Axes, kind: str) -> None:
 
 
 def draw_solvers(axes: Axes, kind: str) -> None:
-    """Which cells of a text of six tokens are computed together, by solver."""
+    """Which cells of six positions are computed together: those of one number are."""
     blank(axes, 7.4, 5, -0.6)
-    shades = ("#d9ecf3", "#9ccbdd", "#4f9fbe", "#0b6e99")
+    shades = ("#d9ecf3", "#9ccbdd", "#4f9fbe", BLUE)
     for column in range(6):
         axes.text(0.9 + 1.1 * column, -0.35, f"t={column + 1}", ha="center", fontsize=9, color=INK)
         if kind == "sequential":
-            box(axes, 0.9 + 1.1 * column, 0.7, str(column + 1), 0.8, shades[min(3, column * 4 // 6)], 0.6)
+            box(axes, 0.9 + 1.1 * column, 0.7, str(column + 1), 0.8, "#d9ecf3", 0.6)
         else:
             for row in range(4):
                 box(axes, 0.9 + 1.1 * column, 0.7 + row, str(row + 1), 0.8, shades[row], 0.6)

