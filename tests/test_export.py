@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import PRESETS_MEMORY, assert_close, build, pad, tokens
+from conftest import EOS, PRESETS_MEMORY, assert_close, build, pad, tokens
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
@@ -13,12 +13,15 @@ from feedback_transformers.models.feedback_cells import CELLS
 from feedback_transformers.models.feedback_names import RECURRENT_TYPES
 from feedback_transformers.models.feedback_padding import real_first
 
-MEMORY = {k: v for k, v in PRESETS_MEMORY.items() if k != "hidden_size"}
+SMALL = {  # the loop alone, since tracing costs a second a layer and pass
+    "num_encoder_layers": 0,
+    "num_decoder_layers": 0,
+    "decoder_type": "mlp",
+    "num_feedback_steps": 2,
+    "solver_steps": 2,
+}
+MEMORY = {**SMALL, **PRESETS_MEMORY}
 DYNAMIC = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-
-
-def parts(axis: str) -> dict:
-    return {"feedback_axis": axis, "decoder_type": "mlp", "use_cache": True, "eos_token_id": 2}
 
 
 @pytest.mark.parametrize(
@@ -29,8 +32,8 @@ def parts(axis: str) -> dict:
 @torch.no_grad()
 def test_onnx_equals_eager(fields, masked):
     """onnxruntime, which knows nothing of this package, computes the same; the cache comes back as one."""
-    model = build(**fields)
-    ids, mask = pad(tokens(2, 8), [8, 5], "left")
+    model = build(**{**SMALL, **fields})
+    ids, mask = pad(tokens(2, 4), [4, 3], "left")
     inputs = {"input_ids": ids, "attention_mask": mask} if masked else {"input_ids": ids}
     exported = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic=False))
     actual, expected = exported(**inputs), model(**inputs)
@@ -49,9 +52,9 @@ def test_onnx_equals_eager(fields, masked):
 @torch.no_grad()
 def test_exported_prefill_and_decode_equal_eager(cell, axis):
     """The two programs that transformers makes of generate(), run one after the other."""
-    model = build(feedback_type=cell, **parts(axis))
-    batch = tokens(2, 9)
-    inputs = {"input_ids": batch[:, :8], "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    model = build(**SMALL, feedback_type=cell, feedback_axis=axis, eos_token_id=EOS)
+    batch = tokens(2, 5)
+    inputs = {"input_ids": batch[:, :4], "attention_mask": torch.ones(2, 4, dtype=torch.long)}
     programs = DynamoExporter().export_for_generation(model, inputs, DynamoConfig(dynamic=False)).components
     expected = model(batch).logits
 
@@ -60,18 +63,18 @@ def test_exported_prefill_and_decode_equal_eager(cell, axis):
         return programs[name].program.module()(**{key: value for key, value in given.items() if key in takes})
 
     prefill = run(
-        "prefill", **inputs, position_ids=torch.arange(8).expand(2, -1), past_key_values=None, use_cache=True
+        "prefill", **inputs, position_ids=torch.arange(4).expand(2, -1), past_key_values=None, use_cache=True
     )
-    assert_close(prefill.logits, expected[:, :8], 1e-4)
+    assert_close(prefill.logits, expected[:, :4], 1e-4)
     decoded = run(
         "decode",
-        input_ids=batch[:, 8:],
-        attention_mask=torch.ones(2, 9, dtype=torch.long),
-        position_ids=torch.full((2, 1), 8),
+        input_ids=batch[:, 4:],
+        attention_mask=torch.ones(2, 5, dtype=torch.long),
+        position_ids=torch.full((2, 1), 4),
         past_key_values=prefill.past_key_values,
         use_cache=True,
     )
-    assert_close(decoded.logits, expected[:, 8:], 1e-4)
+    assert_close(decoded.logits, expected[:, 4:], 1e-4)
 
 
 class Logits(torch.nn.Module):
@@ -90,10 +93,10 @@ class Logits(torch.nn.Module):
         {"feedback_signal": "output", "feedback_interval": 3},
         MEMORY,
     ],
-    ids=lambda fields: "-".join(map(str, fields.values()))[:40],
+    ids=[*(cell for cell in CELLS if cell not in RECURRENT_TYPES), "output", "memory"],
 )
 def test_exported_passes_take_other_lengths(fields):
-    model = Logits(build(**{**fields, "feedback_axis": "time", "solver": "jacobi"}))
+    model = Logits(build(**{**SMALL, **fields, "feedback_axis": "time", "solver": "jacobi"}))
     exported = torch.export.export(model, (tokens(2, 6),), dynamic_shapes={"ids": DYNAMIC}).module()
     other = tokens(3, 9, start=50)
     assert_close(exported(other), model(other), 1e-5)
@@ -118,7 +121,7 @@ def test_a_walk_over_an_open_length_is_refused(fields):
 
 @torch.no_grad()
 def test_shared_memory_in_one_graph_equals_eager():
-    model, batch = build(**MEMORY), tokens(1, 5)
+    model, batch = build(**MEMORY), tokens(1, 4)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(batch, use_cache=False).logits, model(batch, use_cache=False).logits, 1e-5)
