@@ -7,7 +7,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup demo test test-slow test-versions test-oldest test-newest build test-build lint format bench clean
+.PHONY: setup demo docs notebooks test test-slow test-versions test-oldest test-newest build test-build lint format bench clean
 
 setup: $(READY)
 
@@ -20,6 +20,17 @@ $(READY): setup.py constraints.txt feedback_transformers/data/packages.py
 
 demo: $(READY)
 	$(PYTHON) examples/demo.py --output_dir runs/demo
+
+# Builds the site into site/; a warning or a dead link is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
+
+# Runs the notebooks, which are kept as text.
+notebooks: $(READY)
+	mkdir -p runs/notebooks
+	for name in docs/notebooks/*.md; do \
+		$(PYTHON) -m jupytext --quiet --to ipynb --output runs/notebooks/$$(basename $$name .md).ipynb $$name; done
+	cd runs/notebooks && OMP_NUM_THREADS=1 ../../$(PYTHON) -m pytest -q --nbmake --durations=5 -p no:cacheprovider -n 2 .
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 -q --durations=10 -m "not slow"

@@ -1,1 +1,4 @@
-"""Measurements: a case a file, `python -m benchmarks.<case>`; finished runs are kept in results/, one line each."""
+"""Measure what feedback costs and buys: a case in each file, run by `python -m benchmarks.<case>`.
+
+Finished runs are kept in results/, one in each line.
+"""

@@ -1,7 +1,7 @@
-"""All benchmarks: the speed cases, measured now, and the tables of the longer ones as far as their runs are there.
+"""Run all benchmarks: measure the speed cases now, and print the tables of the longer ones from their recorded runs.
 
 python -m benchmarks            # about ten minutes
-python -m benchmarks --all      # every missing run first, which is a matter of a day; stop and go on as you like
+python -m benchmarks --all      # makes every missing run first, which takes about a day; it can be stopped and resumed
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""The claims usually made for feedback networks: smaller, cheaper, more robust. Each against its control.
+"""Test the claims that are usually made for feedback networks, smaller, cheaper and more robust, against controls.
 
     python -m benchmarks.claims               # every missing run, then the tables and the plot
     python -m benchmarks.claims --report
 
-- Language: characters of Shakespeare at four widths; the loss of feedback, of a feed-forward control with the same
-  parameters on the same sequences, and of that control on as many more sequences as make its computation equal.
-- Noise: the accuracy of the same models on held-out characters, of which a growing share is replaced by random ones.
-- Learning curve: is a sentence about a film positive, from 100 to 8,000 examples, feedback and its control.
+- Language: the loss on characters of Shakespeare at four widths. A feedback model is compared with a feed-forward
+  control that has the same parameters and reads the same sequences, and with the same control on so many more
+  sequences that both compute equally much.
+- Noise: the accuracy of the same models on held-out characters, where a growing share is replaced by random ones.
+- Learning curve: the accuracy of feedback and control on film reviews, with 100 to 8,000 training examples.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ WIDTHS = (32, 64, 96, 128)
 PASSES = (SAMPLED[0] + SAMPLED[1]) // 2
 NOISE = (0.0, 0.02, 0.05, 0.1, 0.2, 0.4)
 EXAMPLES = (100, 300, 1000, 3000, 8000)
-STEPS_OF_A_CURVE = 200  # at least; or three rounds of the examples, 32 a step
+STEPS_OF_A_CURVE = 200  # the fewest; or three rounds of the examples, 32 in a step
 CLASSIFIER: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -52,7 +53,10 @@ CLASSIFIER: dict[str, Any] = {
 
 
 def layer_calls(passes: int, layers: dict[str, Any] = FEEDBACK) -> int:
-    """Of one training step: a backward costs two forwards, and reaches the last `gradient_steps` passes."""
+    """Count the layer calls of one training step.
+
+    A backward costs two forwards, and reaches the last `gradient_steps` passes.
+    """
     encoder, cell = layers["num_encoder_layers"], layers["num_feedback_layers"]
     with_gradient = min(passes, layers["gradient_steps"])
     return encoder + passes * cell + 2 * (encoder + with_gradient * cell)
@@ -63,7 +67,7 @@ EQUAL_COMPUTE = layer_calls(PASSES) / layer_calls(1)
 
 @torch.no_grad()
 def noisy_accuracy(model: nn.Module, rows: Tensor, share: float, **arguments: Any) -> float:
-    """How many next characters of rows [N, T + 1] are right, where a share of those read are random."""
+    """Return the share of right next characters of rows [N, T + 1], where a share of those read are random."""
     generator = torch.Generator().manual_seed(0)
     read, right = rows[:, :-1], 0
     vocab_size = model.get_input_embeddings().weight.shape[0]
@@ -114,7 +118,7 @@ def accuracy(model: nn.Module, split: str) -> float:
 
 
 def classification(name: str, examples: int, seed: int) -> dict[str, Any]:
-    """The test accuracy of the model that was best on the validation split, looked at ten times."""
+    """Train a classifier and return its test accuracy at the best of ten looks at the validation split."""
     torch.manual_seed(seed)
     tokenizer = sentiment()[0]
     config = FeedbackConfig(
@@ -148,7 +152,7 @@ RUNS = {
 
 
 def finished() -> dict[tuple[str, str, int], dict[int, dict[str, Any]]]:
-    """The line of every seed, by claim, model, and width or number of examples."""
+    """Return the recorded line of every seed, by claim, model, and width or number of examples."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     runs: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in map(json.loads, lines):
@@ -157,7 +161,7 @@ def finished() -> dict[tuple[str, str, int], dict[int, dict[str, Any]]]:
 
 
 def report() -> bool:
-    """Prints the tables: mean over the seeds, and how many there are. Nothing here is to be reached."""
+    """Print the tables: the mean over the seeds, and how many there are. No figure has a target."""
     runs = finished()
 
     def mean(key: tuple[str, str, int], figure: str) -> str:

@@ -1,9 +1,9 @@
-"""What the solvers and gradient modes cost in exactness, on Shakespeare.
+"""Measure what the solvers and gradient modes cost in exactness, on Shakespeare.
 
     python -m benchmarks.exactness                  # all parts; a finished one is not repeated
     python -m benchmarks.exactness --parts passes
 
-`passes`: passes of each solver until a tolerance, for a trained and an untrained model.
+`passes`: how many passes each solver makes until a tolerance, for a trained and an untrained model.
 `sequential`, `parallel`: training position by position, and with a few parallel passes.
 `gradients`: memory and error of the gradient modes, against the full gradient.
 """
@@ -31,14 +31,14 @@ TOLERANCES = [10.0**-i for i in range(1, 7)]
 
 
 def trained(steps: int = 600) -> FeedbackForCausalLM:
-    """By 3 to 5 parallel passes over 128 characters."""
+    """Return a model trained with 3 to 5 parallel passes over 128 characters."""
     model = build(**TIME, solver="jacobi", gradient_steps=3)
     train(model, steps, 128, sampled=(3, 5))
     return model
 
 
 def passes() -> dict[str, Any]:
-    """Passes over 128 positions until no signal changes by more than the tolerance; rows of 4 texts."""
+    """Count passes over 128 positions until no signal changes by more than the tolerance, for 4 texts at a time."""
     rows, counts = held_out(128, 4)[:, :-1], {}
     for name, model in (("untrained", build(**TIME, solver="jacobi").eval()), ("trained", trained())):
         for solver, block in (("jacobi", 0), ("gauss_seidel", 32), ("gauss_seidel", 8)):
@@ -54,13 +54,13 @@ def passes() -> dict[str, Any]:
 
 
 def sequential() -> dict[str, Any]:
-    """Training position by position over 256 characters."""
+    """Train position by position over 256 characters."""
     model = build(**TIME)
     return {"seconds": train(model, STEPS, LENGTH), "loss": evaluate(model, held_out(LENGTH, 64))[0]}
 
 
 def parallel() -> dict[str, Any]:
-    """The same model, data and steps by 4 to 6 parallel passes; then evaluated in order too, as text is generated."""
+    """Train the same model on the same data with 4 to 6 parallel passes; evaluate it position by position too."""
     model, rows = build(**TIME, solver="jacobi"), held_out(LENGTH, 64)
     found = {"seconds": train(model, STEPS, LENGTH, sampled=(4, 6))}
     found["loss in passes"] = evaluate(model, rows, num_feedback_steps=6)[0]
@@ -69,8 +69,11 @@ def parallel() -> dict[str, Any]:
 
 
 def gradients() -> dict[str, Any]:
-    """8 passes in depth, one batch of 8 x 128 characters: the peak of what torch allocates, and the relative error of
-    the gradient of all weights, |g - full| / |full|, with its cosine; of a trained model."""
+    """Compare the gradient modes of a trained model, with 8 passes in depth and one batch of 8 x 128 characters.
+
+    They differ in the peak of what torch allocates, and in the gradient g of all weights: its relative error
+    |g - full| / |full|, and its cosine with the full gradient.
+    """
     full = build(feedback_axis="depth", num_feedback_steps=8)
     train(full, 300, 128, sampled=(2, 8))
     rows, reference = held_out(128, 8), None
@@ -116,7 +119,7 @@ def finished() -> dict[str, dict[str, Any]]:
 
 
 def report() -> bool:
-    """Prints the tables and draws passes against tolerance; True where every check passed."""
+    """Print the tables and draw passes against tolerance; return whether every check passed."""
     known = finished()
     if "passes" in known:
         print("| passes until a tolerance of |", " | ".join(f"{t:.0e}" for t in TOLERANCES), "|")

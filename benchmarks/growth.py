@@ -1,4 +1,4 @@
-"""How the cost of a training step grows with length, passes, width and batch, beside its theoretical slope.
+"""Measure how the cost of a training step grows with length, passes, width and batch, and print the slope in theory.
 
 python -m benchmarks.growth             # measures, appends to results/growth-<machine>-<date>.jsonl, and draws
 """
@@ -33,9 +33,9 @@ SWEEPS = {
     "width": [32, 64, 128, 256, 512],
     "batch": [1, 2, 4, 8, 16, 32],
 }
-# The exponent that the work grows with, once it is more than the cost of calling: attention is quadratic in length.
+# The exponent by which the work grows once it exceeds the cost of the calls. Attention is quadratic in length.
 SLOPES = {"length": {"transformer": 2, "gru": 1}, "passes": 1, "width": 2, "batch": 1}
-LONGEST = 512  # of the models that walk position by position with a graph for each
+LONGEST = 512  # of models that go position by position, with a graph for each
 
 
 def applies(name: str, what: str, value: int) -> bool:
@@ -46,7 +46,7 @@ def applies(name: str, what: str, value: int) -> bool:
 
 
 def measure(name: str, batch: int, length: int, passes: int, width: int) -> tuple[float, int]:
-    """Seconds (median of 3) and peak bytes that torch allocates, of forward and backward."""
+    """Return seconds (the median of 3) and peak bytes that torch allocates, of a forward and backward."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": width, "intermediate_size": 2 * width, "max_position_embeddings": 8192}
     steps = {"num_feedback_steps": passes, "solver_steps": passes}
@@ -68,7 +68,7 @@ def measure(name: str, batch: int, length: int, passes: int, width: int) -> tupl
 
 
 def slope(points: list[list[float]], column: int) -> float:
-    """The exponent between the last two values."""
+    """Return the exponent between the last two values."""
     (x0, *y0), (x1, *y1) = points[-2:]
     return math.log(y1[column] / y0[column]) / math.log(x1 / x0)
 

@@ -1,11 +1,11 @@
-"""How many passes halting saves on Shakespeare, and what that costs in perplexity.
+"""Measure how many passes halting saves on Shakespeare, and what that costs in perplexity.
 
     python -m benchmarks.halting             # every missing run, then the table and the plot
     python -m benchmarks.halting --report
 
-One model in depth, trained with 2 to 8 passes drawn anew at each step, is evaluated with all 8 and with
-`halting="converged"` at growing thresholds; two more learn when to stop. The threshold that counts is chosen on one
-half of the held-out texts, as the largest that costs less than half a percent there, and measured on the other.
+One model with feedback in depth is trained with 2 to 8 passes, drawn anew at each step. It is evaluated with all 8,
+and with `halting="converged"` at growing thresholds. Two more models learn when to stop. The reported threshold is
+chosen on one half of the held-out texts, as the largest that costs less than 0.5 % there, and measured on the other.
 """
 
 from __future__ import annotations

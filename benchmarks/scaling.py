@@ -1,10 +1,10 @@
-"""What training costs by formula: memory, communication and time; checked by runs of four sizes on one machine.
+"""Compute by formula what training costs in memory, communication and time, and check that by runs of four sizes.
 
 python -m benchmarks.scaling           # measures what is missing, prints the check and the plan of docs/scaling.md
 python -m benchmarks.scaling --report   # prints them from the recorded runs
 
-The formulas are of language models with transformer layers, that feed back their state through a gate, in passes over
-all positions (depth, or time by jacobi), trained in float32 or with bfloat16 autocast and AdamW.
+The formulas are of language models with transformer layers. These feed back their state through a gate, in passes over
+all positions (depth, or time by jacobi), and train in float32 or with bfloat16 autocast, with AdamW.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COLLECTIVES = cast(Any, dist)
 
 
 def parameters(config: FeedbackConfig) -> dict[str, int]:
-    """Of a layer, the connection, the loop, and the whole model."""
+    """Count the parameters of a layer, the connection, the loop, and the whole model."""
     d, m, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     kv = d // heads * (config.num_key_value_heads or heads)
     layer = 2 * d * d + 2 * d * kv + 3 * d * m + 2 * d
@@ -48,15 +48,18 @@ def parameters(config: FeedbackConfig) -> dict[str, int]:
 
 
 def applied(config: FeedbackConfig, passes: int) -> tuple[int, int]:
-    """How many times a layer is run forward, and how many times the head is."""
+    """Count how many times a layer is run forward, and how many times the head is."""
     heads = passes if config.supervision == "all" else 1
     layers = config.num_encoder_layers + passes * config.num_feedback_layers + heads * config.num_decoder_layers
     return layers, heads
 
 
 def flops(config: FeedbackConfig, tokens: int, length: int, passes: int, checkpointing: bool = False) -> int:
-    """Of forward and backward: the backward of a product is two, recomputation another one. Attention is counted in
-    full, as the causal half that a kernel may leave out is seldom all saved."""
+    """Count the operations of a forward and backward.
+
+    The backward of a product is two products, and recomputation is another one. Attention is counted in full: a kernel
+    may leave out the causal half, but seldom saves all of it.
+    """
     d, size = config.hidden_size, parameters(config)
     layers, heads = applied(config, passes)
     one_layer = 2 * (size["layer"] - 2 * d) + 4 * length * d
@@ -66,18 +69,21 @@ def flops(config: FeedbackConfig, tokens: int, length: int, passes: int, checkpo
 
 
 def bytes_per_token(config: FeedbackConfig, width: int = FLOAT) -> tuple[int, int, int]:
-    """That a layer, a pass of the loop and a readout keep for the backward, at `width` bytes a number."""
+    """Return what a layer, a pass of the loop and a readout keep for the backward, at `width` bytes a number."""
     d, m, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     kv = d // heads * (config.num_key_value_heads or heads)
-    norms = 2 * d * (FLOAT + 2 * width)  # they compute in float32
+    norms = 2 * d * (FLOAT + 2 * width)  # norms compute in float32
     layer = norms + width * (2 * d + 2 * kv + 4 * m)  # query and output of attention, keys and values, gated MLP
-    one_pass = config.num_feedback_layers * layer + width * 7 * d  # and the connection
-    return layer, one_pass, 2 * config.vocab_size * FLOAT  # logits and softmax, in float32 always
+    one_pass = config.num_feedback_layers * layer + width * 7 * d  # the 7 of the connection
+    return layer, one_pass, 2 * config.vocab_size * FLOAT  # logits and softmax, always in float32
 
 
 def activations(config: FeedbackConfig, tokens: int, passes: int, checkpointing: bool, width: int = FLOAT) -> int:
-    """Bytes that the forward keeps for the backward. With checkpointing a pass keeps its input, a layer outside the
-    loop too, and what one pass needs is made when its turn comes; from 16 passes on they are kept in segments."""
+    """Return the bytes that the forward keeps for the backward.
+
+    With checkpointing, a pass keeps its input, and so does a layer outside the loop; what one pass needs is made when
+    its turn comes. From 16 passes on, passes are kept in segments.
+    """
     layer, one_pass, logits = bytes_per_token(config, width)
     layers, readouts = applied(config, passes)
     outer = layers - passes * config.num_feedback_layers
@@ -88,9 +94,11 @@ def activations(config: FeedbackConfig, tokens: int, passes: int, checkpointing:
 
 
 def peak(config: FeedbackConfig, tokens: int, passes: int, checkpointing: bool, width: int = FLOAT) -> int:
-    """Bytes beyond the weights in a first step, whose gradients are made as activations are freed: what the forward
-    keeps; or, once head, decoder and one pass are behind it, what is left, and all gradients but the encoder's, since
-    those of the loop are whole from its first pass on."""
+    """Return the most bytes beyond the weights in a first step, where gradients are made as activations are freed.
+
+    That is what the forward keeps; or, once head, decoder and one pass are behind it, what is left and all gradients
+    but the encoder's, since those of the loop are whole from its first pass on.
+    """
     size, kept = parameters(config), activations(config, tokens, passes, checkpointing, width)
     layer, one_pass, logits = bytes_per_token(config, width)
     made = width * (size["all"] - config.num_encoder_layers * size["layer"])
@@ -107,9 +115,12 @@ ENGINES = {
 
 
 def states(config: FeedbackConfig, processes: int, engine: str) -> dict[str, float]:
-    """Bytes on each process: weights, gradients and AdamW's two moments in float32, under FSDP a part of them; and
-    whole, in bfloat16, the weights at work. The gradients of the loop come whole before they are added to others or
-    scattered, since all passes contribute: in float32 under DDP."""
+    """Return the bytes on each process: weights, gradients and AdamW's moments in float32, and the weights at work.
+
+    Under FSDP each process has a part of the first ones. The weights at work are whole, in bfloat16. The gradients of
+    the loop come whole before they are added to others or scattered, since all passes contribute: in float32 under
+    DDP.
+    """
     size = parameters(config)
     part = 1 if engine == "ddp" else processes
     kept = {"weights": FLOAT, "gradients": FLOAT, "optimizer": 2 * FLOAT}
@@ -122,7 +133,7 @@ def states(config: FeedbackConfig, processes: int, engine: str) -> dict[str, flo
 
 
 def communication(config: FeedbackConfig, processes: int, engine: str, passes: int, width: int = FLOAT) -> float:
-    """Bytes that each process sends for a forward and a backward, by rings; `width` of what FSDP sends."""
+    """Return the bytes that each process sends in a step, by rings; FSDP sends `width` bytes for each number."""
     size, ring = parameters(config), (processes - 1) / processes
     if engine == "ddp":
         return 2 * ring * FLOAT * size["all"]
@@ -132,11 +143,11 @@ def communication(config: FeedbackConfig, processes: int, engine: str, passes: i
         "fsdp, loop": size["loop"],
         "fsdp, layers": outer + (2 * passes - 1) * config.num_feedback_layers * size["layer"],
     }
-    return ring * width * (2 * size["all"] + again[engine])  # gathered, and the gradients scattered
+    return ring * width * (2 * size["all"] + again[engine])  # weights gathered, and gradients scattered
 
 
 def seconds(work: float, rate: float, sent: float = 0.0, bandwidth: float = 1.0) -> float:
-    """A step, where communication runs beside the computation: the longer of the two."""
+    """Return the time of a step where communication runs beside the computation: the longer of the two."""
     return max(work / rate, sent / bandwidth)
 
 
@@ -147,7 +158,7 @@ ROWS, LENGTH, PASSES, PROCESSES = 4, 128, 4, 2
 
 
 def small(width: int) -> FeedbackConfig:
-    """One layer before the loop, two in it, one behind it."""
+    """Return a config with one layer before the loop, two in it, and one behind it."""
     fields: dict[str, Any] = {"hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": width // 32}
     fields |= {"num_encoder_layers": 1, "num_feedback_layers": 2, "num_decoder_layers": 1}
     fields |= {"vocab_size": 256, "num_feedback_steps": PASSES, "max_position_embeddings": LENGTH}
@@ -155,7 +166,7 @@ def small(width: int) -> FeedbackConfig:
 
 
 def cpu_seconds(step: Any, rounds: int = 5) -> float:
-    """The least of this process, after a first call: other processes on the machine don't count."""
+    """Return the least time of this process after a first call, so that other processes do not count."""
     times = []
     for _ in range(rounds + 1):
         start = time.process_time()
@@ -165,7 +176,7 @@ def cpu_seconds(step: Any, rounds: int = 5) -> float:
 
 
 def measure(width: int) -> dict[str, Any]:
-    """One size on this machine: parameters, operations, peak bytes of a step beyond the weights, and CPU seconds."""
+    """Measure one size on this machine: parameters, operations, peak bytes beyond the weights, and CPU seconds."""
     torch.manual_seed(0)
     config = small(width)
     ids = torch.randint(0, config.vocab_size, (ROWS, LENGTH))
@@ -197,7 +208,7 @@ def measure(width: int) -> dict[str, Any]:
 
 
 def formulas(width: int) -> dict[str, float]:
-    """What `measure` and `sent` should find."""
+    """Return what `measure` and `sent` should find."""
     config, tokens = small(width), ROWS * LENGTH
     return {
         "parameters": parameters(config)["all"],
@@ -210,8 +221,10 @@ def formulas(width: int) -> dict[str, float]:
 
 
 def sent() -> dict[str, list[float]]:
-    """Bytes that each of two processes sends in a step, by engine, at each width: what it hands to the collectives,
-    times the share of it that rings send."""
+    """Measure the bytes that each of two processes sends in a step, by engine, at each width.
+
+    They are what it hands to the collectives, times the share of it that rings send.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -223,7 +236,7 @@ def sent() -> dict[str, list[float]]:
 
 
 class Counted:
-    """The bytes that collectives send by rings, from when it is made until `stop`."""
+    """Count the bytes that collectives send by rings, from when it is made until `stop`."""
 
     def __init__(self) -> None:
         self.bytes, self.ring = 0.0, (PROCESSES - 1) / PROCESSES
@@ -243,7 +256,7 @@ class Counted:
         return self.scatter(output, input, *args, **kwargs)
 
     def reduced(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """What DDP does itself: the mean over the processes."""
+        """Do what DDP does itself: take the mean over the processes."""
         self.bytes += 2 * self.ring * bucket.buffer().nbytes
         work: Any = dist.all_reduce(bucket.buffer().div_(PROCESSES), async_op=True)
         return work.get_future().then(lambda future: future.value()[0])
@@ -268,7 +281,7 @@ def one_process(rank: int, port: int, queue: Any) -> None:
                 outer = [*body.encoder.layers, *body.decoder.layers, *body.loop.cell.layers]
                 for unit in outer if engine == "fsdp, layers" else [body.loop]:
                     fully_shard(unit, reshard_after_forward=engine != "fsdp")
-                fully_shard(model)  # what is in no unit is kept
+                fully_shard(model)  # the parts in no unit stay gathered
             model(ids, labels=ids, use_cache=False).loss.backward()
             found[engine].append(counted.stop())
     if rank == 0:
@@ -277,7 +290,7 @@ def one_process(rank: int, port: int, queue: Any) -> None:
 
 
 def run() -> list[dict[str, Any]]:
-    """All four sizes, a line of the results each."""
+    """Run all four sizes; write a line of the results for each."""
     torch.set_num_threads(1)
     travelled = sent()
     runs = []
@@ -288,7 +301,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def check(runs: list[dict[str, Any]]) -> None:
-    """Prints what the formulas say as a share of what was measured."""
+    """Print what the formulas say as a share of what was measured."""
     names = list(formulas(WIDTHS[0]))
     print(f"| width | {' | '.join(names)} | CPU seconds | of the rate of its products |")
     print("|" + "---|" * (len(names) + 3))
@@ -307,7 +320,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 LAYERS = {"1B": (4, 10, 4), "10B": (8, 28, 8)}
 PLAN = {"tokens in a batch": 2**21, "length": 4096, "rows on a device": 1, "passes": 4}
-PEAK, REACHED = 1e15, 0.4  # bfloat16 of a large accelerator, and the share of it that training reaches: assumptions
+PEAK, REACHED = 1e15, 0.4  # bfloat16 of a large accelerator, and the share that training reaches: assumptions
 BANDWIDTH = 50e9  # bytes a second out of each device, between machines: an assumption
 
 
@@ -319,9 +332,9 @@ def planned(name: str) -> FeedbackConfig:
 
 
 def plan() -> None:
-    """Prints, for each size and number of devices, memory and communication of each of them and the time of a step."""
+    """Print, for each size and number of devices, memory and communication of each device and the time of a step."""
     passes, length = PLAN["passes"], PLAN["length"]
-    tokens = PLAN["rows on a device"] * length  # of a device at a time: the rest of the batch is accumulated
+    tokens = PLAN["rows on a device"] * length  # on a device at a time; the rest of the batch is accumulated
     print("| model | devices | engine | states, GB | activations, GB | sent in a step, GB | seconds of a step |")
     print("|" + "---|" * 7)
     for name in SIZES:

@@ -1,11 +1,10 @@
-"""Small beats large: character-level Shakespeare, a feedback model against feed-forward ones, all tuned alike.
+"""Compare a feedback model with feed-forward ones, all tuned alike, on the characters of Shakespeare.
 
     python -m benchmarks.small_beats_large              # every missing run, then the table and the plot
     python -m benchmarks.small_beats_large --report     # the table of the runs that are there
 
-Task: first-folio texts, the first 90 % to train on, 24,000
-sequences of 128 characters, width 128. Each run is one process on one thread, and is appended to
-results/small_beats_large.jsonl when it has finished.
+All models train on the first 90 % of the First Folio, 24,000 sequences of 128 characters, at width 128. Each run is
+one process on one thread, and is appended to results/small_beats_large.jsonl when it has finished.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from feedback_transformers import FeedbackConfig, FeedbackForCausalLM
 RESULTS = Path(__file__).parent / "results" / "small_beats_large.jsonl"
 LENGTH, SEQUENCES, WIDTH = 128, 24_000, 128
 SEEDS = (0, 1, 2)
-STEPS = range(1, 13)  # numbers of feedback steps that a feedback model is evaluated at
+STEPS = range(1, 13)  # the numbers of feedback steps at which a feedback model is evaluated
 SHAPE: dict[str, Any] = {
     "hidden_size": WIDTH,
     "intermediate_size": 248,
@@ -50,7 +49,7 @@ SAMPLED = (3, 5)  # feedback steps in training, uniform
 
 
 def build(name: str, vocab_size: int) -> nn.Module:
-    """`feedback`, `control` (the same parameters, feed-forward) or `large` (8 Llama layers, 1.85 times as many)."""
+    """Return `feedback`, `control` (feed-forward, the same parameters) or `large` (8 Llama layers, 1.85 times)."""
     if name == "large":
         shape = {**SHAPE, "intermediate_size": 252, "num_hidden_layers": 8, "max_position_embeddings": LENGTH}
         return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocab_size))
@@ -62,14 +61,14 @@ def build(name: str, vocab_size: int) -> nn.Module:
 
 
 def validation_losses(model: Any, steps: range | None, sequences: int = 512) -> list[float]:
-    """Mean nats per character on sequences spread evenly over the held-out tenth, at each number of steps."""
+    """Return the mean nats per character at each number of steps, on sequences spread over the held-out tenth."""
     rows = training.held_out(LENGTH, sequences)
     arguments: list[dict[str, Any]] = [{"num_feedback_steps": number} for number in steps] if steps else [{}]
     return [training.evaluate(model, rows, **each)[0] for each in arguments]
 
 
 def run(name: str, seed: int) -> dict[str, Any]:
-    """Trains and evaluates one model; returns the line for the results."""
+    """Train and evaluate one model; return its line of the results."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model: Any = build(name, training.characters()[2])
@@ -96,7 +95,7 @@ def finished() -> list[dict[str, Any]]:
 
 
 def report() -> bool:
-    """Prints the table (feedback: the best of 3 to 12 steps) and what was to be reached; True where all of it was."""
+    """Print the table (feedback: the best of 3 to 12 steps) and the targets; return whether all were reached."""
     runs = sorted(finished(), key=lambda r: r["seed"])
     names = ("feedback", "control", "large")
     best = {name: [min(r["losses"][2:] or r["losses"]) for r in runs if r["model"] == name] for name in names}
@@ -126,7 +125,7 @@ def report() -> bool:
 
 
 def plot() -> None:
-    """Loss by number of feedback steps, with the feed-forward models as lines."""
+    """Draw the loss by number of feedback steps, with the feed-forward models as lines."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")

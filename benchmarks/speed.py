@@ -1,9 +1,9 @@
-"""How fast the recurrences are, forward and backward, against what others offer.
+"""Measure how fast the recurrences are, forward and backward, against those of other packages.
 
     python -m benchmarks.speed                                # all cases
     python -m benchmarks.speed --cases min_gru-b8 gru-b8      # some
 
-A case is timed only after its outputs and gradients were found equal to the reference. Needs the extra `bench`.
+A case is timed only after its outputs and gradients were found equal to the reference. It needs the extra `bench`.
 
 Shapes: B batch, T positions, D hidden size.
 """
@@ -29,7 +29,7 @@ TORCH: dict[str, type[nn.GRU] | type[nn.LSTM]] = {"gru": nn.GRU, "lstm": nn.LSTM
 
 
 class Ours(nn.Module):
-    """One recurrence over all positions, from zero: [B, T, D] -> [B, T, D]"""
+    """Run one recurrence over all positions, from a state of zero: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, kind: str, mask: Tensor | None = None, function: Callable = scan) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Ours(nn.Module):
 
 
 class Torch(nn.Module):
-    """nn.GRU or nn.LSTM, by a packed sequence where rows have `lengths` [B]: [B, T, D] -> [B, T, D]"""
+    """Run nn.GRU or nn.LSTM, by a packed sequence where rows have `lengths` [B]: [B, T, D] -> [B, T, D]."""
 
     def __init__(self, kind: str, lengths: Tensor | None = None) -> None:
         super().__init__()
@@ -57,17 +57,17 @@ class Torch(nn.Module):
 
 
 def padded(batch: int) -> tuple[Tensor, Tensor]:
-    """Lengths [B] from half of LENGTH to all of it, and the mask [B, T]."""
+    """Return lengths [B] from half of LENGTH to all of it, and the mask [B, T]."""
     lengths = torch.linspace(LENGTH // 2, LENGTH, batch).long()
     return lengths, torch.arange(LENGTH) < lengths[:, None]
 
 
 def training_step(module: nn.Module, batch: int) -> Callable[[], list[Tensor]]:
-    """Forward and backward at [batch, LENGTH, WIDTH]: the output, and the gradients of the input and all weights."""
+    """Return a forward and backward at [batch, LENGTH, WIDTH], which gives the output and all gradients."""
     torch.manual_seed(1)
     x = torch.randn(batch, LENGTH, WIDTH, requires_grad=True)
     with torch.no_grad():
-        direction = torch.randn(module(x).shape)  # contiguous, whatever the strides of the output
+        direction = torch.randn(module(x).shape)  # contiguous, whatever the strides of the output are
 
     def call() -> list[Tensor]:
         x.grad = None
@@ -80,7 +80,7 @@ def training_step(module: nn.Module, batch: int) -> Callable[[], list[Tensor]]:
 
 
 def check(kind: str, batch: int, with_padding: bool = False) -> None:
-    """Equal to the loop over positions: within 1e-5, relative to the largest entry where that is more than 1."""
+    """Check that it equals the loop over positions within 1e-5, relative to the largest entry if that is over 1."""
     mask = padded(batch)[1] if with_padding else None
     actual, expected = (training_step(Ours(kind, mask, function), batch)() for function in (scan, scan_reference))
     for a, e in zip(actual, expected, strict=True):
@@ -118,7 +118,7 @@ def min_gru() -> Result:
     return at_least("min_gru-b8", "minGRU-pytorch", 4.0, against("min_gru", minGRU(WIDTH), 8))
 
 
-# gru and lstm: never slower. Where ours is torch's own kernel, the ratio is 1 but for the noise.
+# gru and lstm must never be slower. Where ours is torch's own kernel, the ratio is 1 but for the noise.
 
 
 def torchs(kind: str, batch: int) -> Result:

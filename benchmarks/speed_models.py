@@ -1,4 +1,4 @@
-"""How fast whole feedback models are: against the same work written by hand, other packages, and themselves.
+"""Measure how fast whole feedback models are: against the same work written by hand, other packages, and themselves.
 
     python -m benchmarks.speed                     # these and the recurrences
     python -m benchmarks.speed --cases depth-k8
@@ -27,7 +27,7 @@ WIDTH, HEADS = 256, 4
 
 
 def nothing_to_check() -> None:
-    """Of cases that compare with another network, which has no result in common with ours."""
+    """Check nothing: the other network of the case is another function, with no result in common."""
 
 
 def build(head: Any = FeedbackForCausalLM, **fields: Any) -> Any:
@@ -41,7 +41,7 @@ def tokens(batch: int, length: int, vocab_size: int = 256) -> Tensor:
 
 
 def training_step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
-    """Forward and backward: the loss and all gradients."""
+    """Return a forward and backward, which gives the loss and all gradients."""
 
     def call() -> list[Tensor]:
         model.zero_grad()
@@ -57,7 +57,7 @@ def same(actual: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(a, e, atol=1e-5 * max(1.0, e.abs().max().item()), rtol=0.0)
 
 
-# A GRU that is fed its own prediction, of 1,000 classes, against a loop over nn.GRUCell with the same weights
+# A GRU that reads its own prediction, of 1,000 classes, against a loop over nn.GRUCell with the same weights
 
 
 def output_feedback() -> tuple[Callable[[], list[Tensor]], Callable[[], list[Tensor]]]:
@@ -125,7 +125,7 @@ def depth_overhead() -> Result:
 
 @case("depth-memory", nothing_to_check)
 def depth_memory() -> Result:
-    """Peak of what torch allocates in a training step with activation checkpointing, 32 passes against 4."""
+    """Compare the peak of what torch allocates in a checkpointed training step, 32 passes against 4."""
     peaks = {}
     for passes in (4, 32):
         fields = {"num_encoder_layers": 0, "num_feedback_layers": 2, "num_decoder_layers": 0}
@@ -143,7 +143,7 @@ def depth_memory() -> Result:
 
 
 def shared_memory(**more: Any) -> tuple[Any, Any]:
-    """The Feedback Transformer, 4 layers: ours, and feedback-transformer-pytorch."""
+    """Return two Feedback Transformers of 4 layers: ours, and that of feedback-transformer-pytorch."""
     theirs = FeedbackTransformer(num_tokens=256, dim=WIDTH, depth=4, seq_len=1, mem_len=256, heads=HEADS, dim_head=64)
     fields = {"num_feedback_layers": 4, "intermediate_size": 944, "tie_word_embeddings": False}
     return build(**{**PRESETS["feedback-transformer"], **fields, **more}), theirs
@@ -165,7 +165,7 @@ def feedback_transformer_train(name: str, **solver: Any) -> Result:
 
 
 def check_shared_memory() -> None:
-    """As many parallel passes as positions are the walk over them."""
+    """Check that as many parallel passes as positions equal the walk over them."""
     ids, results = tokens(2, 12), []
     for solver in ("sequential", "jacobi"):
         model = shared_memory(solver=solver, solver_steps=12)[0].train()
@@ -180,13 +180,13 @@ def feedback_transformer_in_order() -> Result:
 
 @case("feedback-transformer-train-jacobi", check_shared_memory)
 def feedback_transformer_in_passes() -> Result:
-    """In 4 parallel passes."""
+    """Time our Feedback Transformer in 4 parallel passes."""
     return feedback_transformer_train("feedback-transformer-train-jacobi", solver="jacobi", solver_steps=4)
 
 
 @case("feedback-transformer-generate", nothing_to_check)
 def feedback_transformer_generate() -> Result:
-    """64 tokens behind 64, one at a time."""
+    """Time 64 tokens behind 64, one at a time."""
     ours, theirs = shared_memory()
     ids = tokens(1, 64)
 
@@ -205,7 +205,7 @@ def feedback_transformer_generate() -> Result:
 
 @case("tiny-recursive", nothing_to_check)
 def tiny_recursive() -> Result:
-    """21 calls of a network of two layers, the last 7 with a gradient, over 81 cells of 10 tokens."""
+    """Time 21 calls of a network of two layers, the last 7 with a gradient, over 81 cells of 10 tokens."""
     fields = {"vocab_size": 10, "supervision": "last", "num_feedback_steps": 21, "gradient_steps": 7}
     ours = build(FeedbackForMaskedLM, **{**PRESETS["tiny-recursive"], **fields}).train()
     network = Encoder(dim=WIDTH, depth=2, heads=HEADS, attn_dim_head=WIDTH // HEADS)
@@ -222,7 +222,7 @@ def tiny_recursive() -> Result:
 
 
 def decoding(model: Any, cache: Any) -> Callable[[], None]:
-    """16 tokens, one at a time, at wherever `cache` is."""
+    """Return a call that reads 16 tokens, one at a time, at wherever `cache` is."""
     token = tokens(1, 1)
 
     @torch.no_grad()
@@ -240,7 +240,7 @@ def recurrent(layers: int = 2, **fields: Any) -> Any:
 
 @case("generate-4000", nothing_to_check)
 def generation_is_constant() -> Result:
-    """Time and memory of a token behind 4,000 against one behind 64."""
+    """Compare time and memory of a token behind 4,000 tokens with those of one behind 64."""
     model = recurrent()
     with torch.no_grad():
         caches = [model(tokens(1, length), use_cache=True).past_key_values for length in (4000, 64)]
@@ -252,7 +252,7 @@ def generation_is_constant() -> Result:
 
 @case("generate-gpt2", nothing_to_check)
 def generation_against_gpt2() -> Result:
-    """A token behind 2,000, of models of the same size: time, and the bytes of the cache."""
+    """Compare a token behind 2,000, of models of the same size: its time, and the bytes of the cache."""
     shape: dict[str, Any] = {"n_embd": WIDTH, "n_layer": 12, "n_head": HEADS, "n_positions": 4096, "vocab_size": 256}
     gpt2 = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
     ours = recurrent(layers=6, hidden_size=512)
@@ -273,7 +273,7 @@ def generation_against_gpt2() -> Result:
 
 @case("bfloat16", nothing_to_check)
 def bfloat16() -> Result:
-    """A whole training step of 10M parameters in bfloat16 autocast against float32, and their losses after 20."""
+    """Compare a training step of 10M parameters in bfloat16 autocast with float32, and their losses after 20 steps."""
     losses: dict[bool, list[float]] = {True: [], False: []}
     steps = {}
     for mixed in (True, False):

@@ -1,4 +1,4 @@
-"""What the speed cases share: two callables timed in turns in one run, a result a line, and a registry."""
+"""Time the speed cases: two callables in turns in one run, a result in each line, and a registry of cases."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CASES: dict[str, tuple[Callable[[], None], Case]] = {}
 
 
 def case(name: str, check: Callable[[], None]) -> Callable[[Case], Case]:
-    """Enters a case under `name`; it is timed only after `check` has run without an AssertionError."""
+    """Register a case under `name`; it is timed only after `check` has run without an AssertionError."""
 
     def enter(function: Case) -> Case:
         CASES[name] = (check, function)
@@ -46,9 +46,9 @@ def case(name: str, check: Callable[[], None]) -> Callable[[Case], Case]:
 
 
 def ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = 7) -> tuple[float, dict[str, Any]]:
-    """How many times as long theirs takes: the median of their times over that of ours, of calls in turns.
+    """Return how many times as long theirs takes: the median of their times over that of ours, in calls by turns.
 
-    All times in milliseconds go into the details, with the load of the machine before and after.
+    The details hold all times in milliseconds, and the load of the machine before and after.
     """
     times: dict[str, list[float]] = {"ours": [], "theirs": []}
     load = [*os.getloadavg()]
@@ -56,7 +56,7 @@ def ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = 7) -
         for name, function in (("ours", ours), ("theirs", theirs)):
             start = time.perf_counter()
             function()
-            if i >= 2:  # the first ones compile, and fill the caches
+            if i >= 2:  # the first calls compile, and fill the caches
                 times[name].append(round(1e3 * (time.perf_counter() - start), 3))
     load += os.getloadavg()
     details = {**times, "threads": torch.get_num_threads(), "load": [round(value, 2) for value in load]}
@@ -64,7 +64,7 @@ def ratio(ours: Callable[[], Any], theirs: Callable[[], Any], rounds: int = 7) -
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most that torch has allocated at a time during the call, beyond what was there before."""
+    """Return the most bytes that torch has allocated at a time during the call, beyond those before it."""
     with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as events:
         step()
     current = peak = 0
@@ -76,26 +76,26 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    """A finished run, to a file with one a line."""
+    """Append a finished run to a file with one run in each line."""
     file.parent.mkdir(exist_ok=True)
     with file.open("a", encoding="utf-8") as results:
         results.write(json.dumps({**line, "load": os.getloadavg(), "versions": versions()}) + "\n")
 
 
 def at_least(name: str, against: str, target: float, measured: tuple[float, dict[str, Any]]) -> Result:
-    """Passes where ours is `target` times as fast."""
+    """Return a result that passes if ours is `target` times as fast."""
     figure, details = measured
     return Result(name, against, f"{figure:.2f}x faster", f">= {target:g}x", figure >= target, details)
 
 
 def at_most(name: str, against: str, target: float, measured: tuple[float, dict[str, Any]]) -> Result:
-    """Passes where ours takes `target` times as long, or less."""
+    """Return a result that passes if ours takes at most `target` times as long."""
     figure, details = measured
     return Result(name, against, f"{1 / figure:.2f}x its time", f"<= {target:g}x", 1 / figure <= target, details)
 
 
 def run(names: list[str], threads: int = 2) -> list[Result]:
-    """Runs the cases, prints a table of markdown, and appends to results/speed-<machine>-<date>.jsonl."""
+    """Run the cases, print a table in markdown, and append to results/speed-<machine>-<date>.jsonl."""
     results = []
     path = RESULTS / f"speed-{machine()}-{date.today().isoformat()}.jsonl"
     print("| case | against | measured | target | |\n|---|---|---|---|---|")
@@ -115,7 +115,7 @@ def run(names: list[str], threads: int = 2) -> list[Result]:
 
 
 def machine() -> str:
-    """The kind of processor and how many there are, not the host."""
+    """Return the kind of processor and how many there are, without the name of the host."""
     return f"{platform.machine()}-{os.cpu_count()}cpu".lower()
 
 

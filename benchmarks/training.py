@@ -1,4 +1,4 @@
-"""A short training run on the characters of Shakespeare, for the benchmarks that need a trained model."""
+"""Train a small model on the characters of Shakespeare, for the benchmarks that need a trained one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tqdm import tqdm
 from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data
 from feedback_transformers.training import draw_steps
 
-# The same for all models, found on a small feed-forward one; benchmarks/LOG.md has the search.
+# The same for all models, found on a small feed-forward one; the search is in benchmarks/LOG.md.
 RECIPE = {"batch": 8, "adamw_lr": 3e-3, "muon_lr": 7e-3, "weight_decay": 0.1, "warmup": 0.05, "embedding_std": 0.5}
 
 
 def build(seed: int = 0, **fields: Any) -> FeedbackForCausalLM:
-    """A model of characters: two layers of width 64 in the loop, one before it."""
+    """Return a model of characters: two layers of width 64 in the loop, one before it."""
     torch.manual_seed(seed)
     shape = {"hidden_size": 64, "intermediate_size": 172, "num_attention_heads": 4, "tie_word_embeddings": False}
     layers = {"num_encoder_layers": 1, "num_feedback_layers": 2, "num_decoder_layers": 0}
@@ -32,7 +32,7 @@ def build(seed: int = 0, **fields: Any) -> FeedbackForCausalLM:
 
 
 def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside, AdamW for embeddings, readout, gains and biases."""
+    """Return Muon for the matrices inside, and AdamW for embeddings, readout, gains and biases."""
     inner: list[nn.Parameter] = []
     outer: list[nn.Parameter] = []
     flat: list[nn.Parameter] = []
@@ -48,13 +48,13 @@ def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 def schedule(step: int, total: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Return the learning rate's share: a linear warm-up, then a cosine to zero."""
     warmup = max(1, int(RECIPE["warmup"] * total))
     return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (total - warmup))
 
 
 def characters() -> tuple[Tensor, Tensor, int]:
-    """Training and validation characters as ids, and how many kinds there are."""
+    """Return training and validation characters as ids, and how many kinds there are."""
     texts = data.load("shakespeare")
     train, rest = (
         "".join(part) for part in (texts["train"]["text"], [*texts["validation"]["text"], *texts["test"]["text"]])
@@ -72,7 +72,7 @@ def train(
     seed: int = 0,
     callback: Callable[[int, float], None] | None = None,
 ) -> float:
-    """Trains in place by RECIPE; the seconds it took."""
+    """Train in place by RECIPE; return the seconds that it took."""
     data, both = characters()[0], optimizers(model.train())
     generator, start = torch.Generator().manual_seed(1000 + seed), time.time()
     rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in both]
@@ -97,7 +97,7 @@ def train(
 
 
 def held_out(length: int, sequences: int) -> Tensor:
-    """Rows [sequences, length + 1] spread evenly over the held-out tenth."""
+    """Return rows [sequences, length + 1] spread evenly over the held-out tenth."""
     rest = characters()[1]
     starts = torch.linspace(0, len(rest) - length - 2, sequences).long()
     return rest[starts[:, None] + torch.arange(length + 1)]
@@ -105,7 +105,7 @@ def held_out(length: int, sequences: int) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: Any, rows: Tensor, **arguments: Any) -> tuple[float, float | None]:
-    """Mean nats per character of rows [N, T + 1], and the mean number of passes where a position may stop early."""
+    """Return the mean nats per character of rows [N, T + 1], and the mean number of passes where these may halt."""
     losses, steps = [], []
     for part in rows.split(16):
         outputs = model(part[:, :-1], use_cache=False, **arguments)

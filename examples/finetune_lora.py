@@ -16,25 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import run_clm
+from feedback_transformers.training import StopOnNonFinite, scripts
+
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
 
-from feedback_transformers.training import StopOnNonFinite, scripts
-
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "runs/lora",
-    "dataset_name": "python-docs",
-    "max_steps": 500,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
-    "learning_rate": 1e-2,
-    "warmup_steps": 0.05,
-    "save_strategy": "steps",
-    "save_steps": 250,
-}
-SMALL = ("block_size", "max_train_samples", "max_eval_samples", "per_device_train_batch_size", "logging_steps")
-SMOKE = {"output_dir": "runs/smoke/lora", "max_steps": 2, **{name: run_clm.SMOKE[name] for name in SMALL}}
+RECIPE = scripts.recipes.LORA
 
 
 @dataclass
@@ -65,7 +53,7 @@ class LoraArguments:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, run_clm.TextArguments, LoraArguments, TrainingArguments)
-    model_args, text_args, lora_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
+    model_args, text_args, lora_args, training_args = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
     output = Path(training_args.output_dir)
     if model_args.model_name_or_path is None and text_args.smoke:
         run_clm.main(["--smoke", "--output_dir", str(output / "base")])
@@ -92,12 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         train_dataset=new["train"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[StopOnNonFinite()],
+        callbacks=[*scripts.drawn_passes(model_args, model), StopOnNonFinite()],
     )
     trainer.args.prediction_loss_only = True
 
     def perplexity(dataset: Dataset) -> float:
-        return math.exp(trainer.evaluate(dataset)["eval_loss"])
+        return math.exp(trainer.predict(dataset).metrics["test_loss"])
 
     scripts.record(trainer, "train", scripts.train(trainer))
     with model.disable_adapter():  # not before training: a model evaluated first is not trained in parallel
@@ -109,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     for name in validation:
         metrics |= {f"perplexity_before_{name}": before[name], f"perplexity_after_{name}": after[name]}
         print(f"{name:<20}{before[name]:>10.2f}{after[name]:>10.2f}")
+    metrics |= scripts.measure_passes(
+        trainer, f"perplexity_after_{text_args.source}", lambda: perplexity(new["validation"])
+    )
     scripts.record(trainer, "eval", metrics)
 
     model.save_pretrained(output / "adapter")

@@ -15,11 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import run_clm
-import torch
+from feedback_transformers import data, retrofit
+from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, with_steps
 from finetune_lora import LoraArguments
+
+import torch
 from peft import get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -32,30 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from feedback_transformers import data, retrofit
-from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts
-
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "runs/retrofit",
-    "dataset_name": "python-docs",
-    "max_steps": 500,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 8,
-    "learning_rate": 5e-4,
-    "warmup_steps": 0.05,
-    "save_steps": 100,
-    "save_total_limit": 2,
-    "logging_steps": 10,
-    "max_eval_samples": 100,
-    "min_feedback_steps": 1,
-}
-SMALL = ("block_size", "max_train_samples", "max_eval_samples", "per_device_train_batch_size", "logging_steps")
-SMOKE = {
-    "output_dir": "runs/smoke/retrofit",
-    "max_steps": 4,
-    "save_steps": 2,
-    **{name: run_clm.SMOKE[name] for name in SMALL},
-}
+RECIPE = scripts.recipes.RETROFIT
 
 
 @dataclass
@@ -107,7 +87,8 @@ def tiny(folder: Path, text_args: run_clm.TextArguments) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (OriginalArguments, run_clm.TextArguments, RetrofitArguments, LoraArguments, TrainingArguments)
-    model_args, text_args, retrofit_args, lora_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
+    parsed = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
+    model_args, text_args, retrofit_args, lora_args, training_args = parsed
     output = Path(training_args.output_dir)
     if not training_args.do_train:
         raise ValueError("This script trains, and compares with before: leave --do_train out.")
@@ -131,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         gradient_steps=retrofit_args.gradient_steps,
         **scripts.overrides(model_args.config_overrides),
     )
+    scripts.set_max_length(tokenizer, model)
     model = get_peft_model(model, lora_args.config(modules_to_save=["connection"]))
     model.print_trainable_parameters()
 
@@ -143,8 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     old = run_clm.blocks(old_args, tokenizer, "validation")
     validation = {text_args.source: new["validation"], old_args.source: old["validation"]}
 
-    most = model_args.max_feedback_steps or retrofit_args.num_feedback_steps
-    callbacks = [SampleFeedbackSteps(model_args.min_feedback_steps, most, retrofit_args.curriculum)]
+    model_args.max_feedback_steps = model_args.max_feedback_steps or retrofit_args.num_feedback_steps
+    fewest, most = scripts.steps_to_draw(model_args, model)
+    callbacks = [SampleFeedbackSteps(fewest, most, retrofit_args.curriculum)]
     if retrofit_args.distillation_weight:
         callbacks.append(Distill(original, retrofit_args.distillation_weight))
     trainer = Trainer(
@@ -157,21 +140,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     )
     trainer.args.prediction_loss_only = True
 
-    config, passes = model.config, "num_feedback_steps" if retrofit_args.axis == "depth" else "solver_steps"
-
-    def perplexity(trainer: Trainer, steps: int | None = None) -> dict[str, float]:
-        """By text, at so many feedback steps; None: those of the config."""
-        own = getattr(config, passes)
-        setattr(config, passes, steps or own)
-        found = {text: math.exp(trainer.evaluate(rows)["eval_loss"]) for text, rows in validation.items()}
-        setattr(config, passes, own)
-        return found
+    def perplexity(trainer: Trainer, steps: int) -> dict[str, float]:
+        """By text, at so many feedback steps."""
+        with with_steps(model, steps):
+            found = {text: trainer.predict(rows).metrics["test_loss"] for text, rows in validation.items()}
+        return {text: math.exp(loss) for text, loss in found.items()}
 
     scripts.record(trainer, "train", scripts.train(trainer))
     counts = sorted({1, retrofit_args.num_feedback_steps})
     untouched = Trainer(original, training_args, data_collator=default_data_collator)
     untouched.model_accepts_loss_kwargs = False  # of GPT-2 it would count a token too many in each row
-    first = perplexity(untouched)
+    first = perplexity(untouched, 1)
     with model.disable_adapter():  # not before training: a model evaluated first is not trained in parallel
         before = {steps: perplexity(trainer, steps) for steps in counts}
     after = {steps: perplexity(trainer, steps) for steps in counts}
@@ -184,6 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             metrics[f"perplexity_before_{text}_step_{steps}"] = before[steps][text]
             metrics[f"perplexity_after_{text}_step_{steps}"] = after[steps][text]
             print(f"{text:<20}{steps:>6}{first[text]:>10.2f}{before[steps][text]:>10.2f}{after[steps][text]:>10.2f}")
+    source = text_args.source
+    metrics |= scripts.measure_passes(
+        trainer,
+        f"perplexity_after_{source}",
+        lambda: math.exp(trainer.predict(validation[source]).metrics["test_loss"]),
+    )
     scripts.record(trainer, "eval", metrics)
 
     model.save_pretrained(output / "adapter")

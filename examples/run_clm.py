@@ -2,6 +2,7 @@
 
 python examples/run_clm.py                                   # Shakespeare, character by character
 python examples/run_clm.py --tokenizer bpe --train_file my.txt --config_overrides hidden_size=256
+python examples/run_clm.py --train_file my_folder            # of .txt files; or a pattern, 'my_folder/*.txt'
 python examples/run_clm.py --model_name_or_path runs/clm --dataset_name python-docs --output_dir runs/more
 python examples/run_clm.py --streaming true --train_file my.txt --validation_file its_end.txt --max_steps 1000
 python examples/run_clm.py arguments.json
@@ -13,6 +14,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from feedback_transformers import data
+from feedback_transformers.training import MuonAdamW, StopOnNonFinite, scripts
 
 import torch
 from datasets import DatasetDict, IterableDataset, IterableDatasetDict
@@ -27,51 +31,9 @@ from transformers import (
     set_seed,
 )
 
-from feedback_transformers import data
-from feedback_transformers.training import MuonAdamW, SampleFeedbackSteps, StopOnNonFinite, scripts
-
-# Feedback from the position before, solved by passes in parallel: the loop of `num_feedback_steps` that is sampled.
-ARCHITECTURE = {
-    "feedback_axis": "time",
-    "solver": "jacobi",
-    "solver_steps": 4,
-    "num_encoder_layers": 1,
-    "num_feedback_layers": 2,
-    "num_decoder_layers": 1,
-    "gradient_steps": 3,
-}
-SIZES = {"hidden_size": 128, "intermediate_size": 248, "num_attention_heads": 4, "tie_word_embeddings": False}
+RECIPE = scripts.recipes.LANGUAGE_MODEL
 TOKENIZER_ROWS = 10_000  # of a stream, that a new tokenizer is made of
 EMBEDDING_STD = 0.5  # with a readout of its own; a tied one needs small embeddings
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "runs/clm",
-    "dataset_name": "shakespeare",
-    "max_steps": 3000,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 64,
-    "learning_rate": 3e-3,
-    "muon_learning_rate": 1e-2,
-    "warmup_steps": 0.05,
-    "weight_decay": 0.1,
-    "eval_strategy": "steps",
-    "eval_steps": 500,
-    "save_steps": 500,
-    "save_total_limit": 2,
-    "min_feedback_steps": 3,
-    "max_feedback_steps": 6,
-}
-SMOKE: dict[str, Any] = {
-    "output_dir": "runs/smoke/clm",
-    "max_steps": 4,
-    "eval_steps": 2,
-    "save_steps": 2,
-    "logging_steps": 1,
-    "block_size": 32,
-    "max_train_samples": 64,
-    "max_eval_samples": 16,
-    "per_device_train_batch_size": 4,
-    "config_overrides": "hidden_size=32,intermediate_size=64",
-}
 
 
 @dataclass
@@ -83,7 +45,8 @@ class TextArguments(scripts.DataArguments):
     vocab_size: int = field(default=2048, metadata={"help": "Of a new bpe tokenizer."})
     block_size: int = field(default=128, metadata={"help": "Tokens per training example."})
     muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Train matrices with Muon at this rate, and the rest with AdamW."}
+        default=None,
+        metadata={"help": "Train matrices with Muon at this rate, and the rest with AdamW; 0 is AdamW alone."},
     )
 
 
@@ -100,7 +63,7 @@ def stream_blocks(texts: IterableDatasetDict, tokenizer: PreTrainedTokenizerBase
     size, column = text_args.block_size, text_args.text_column
 
     def cut(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        tokens = [token for text in rows[column] for token in tokenizer(text)["input_ids"]]
+        tokens = [token for text in rows[column] for token in tokenizer(text, verbose=False)["input_ids"]]
         cuts = [tokens[start : start + size] for start in range(0, len(tokens) - size + 1, size)]
         return {"input_ids": cuts, "labels": cuts}
 
@@ -135,10 +98,11 @@ def prepare(
             tokenizer = AutoTokenizer.from_pretrained(text_args.tokenizer)
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         model = AutoModelForCausalLM.from_config(
-            model_args.config(ARCHITECTURE, **SIZES, vocab_size=len(tokenizer), **ids)
+            model_args.config(RECIPE.architecture, **RECIPE.sizes, vocab_size=len(tokenizer), **ids)
         )
         if not model.config.tie_word_embeddings:
             torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    scripts.set_max_length(tokenizer, model)
     if streaming:
         return model, tokenizer, stream_blocks(texts, tokenizer, text_args)
     blocks = data.blocks(texts, tokenizer, text_args.block_size, text_args.text_column)
@@ -162,7 +126,7 @@ def optimizer(model: torch.nn.Module, text_args: TextArguments, lr: float, weigh
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, StreamArguments, TrainingArguments)
-    model_args, text_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
+    model_args, text_args, training_args = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
     set_seed(training_args.seed)
     model, tokenizer, blocks = prepare(model_args, text_args)
     count = "a stream of" if text_args.streaming else f"{len(blocks['train']):,}"
@@ -175,12 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         eval_dataset=blocks["validation"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[StopOnNonFinite()],
+        callbacks=[*scripts.drawn_passes(model_args, model, training_args.do_train), StopOnNonFinite()],
         optimizers=(optimizer(model, text_args, training_args.learning_rate, training_args.weight_decay), None),
     )
     trainer.args.prediction_loss_only = True  # the logits of a whole validation set are large
-    if scripts.draws_steps(model_args, model):
-        trainer.add_callback(SampleFeedbackSteps(model_args.min_feedback_steps, model_args.max_feedback_steps))
 
     metrics = {}
     if training_args.do_train:
@@ -188,12 +150,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     if training_args.do_eval:
         metrics = trainer.evaluate()
         metrics["perplexity"] = math.exp(metrics["eval_loss"])
+        metrics |= scripts.measure_passes(
+            trainer, "perplexity", lambda: math.exp(trainer.predict(blocks["validation"]).metrics["test_loss"])
+        )
         scripts.record(trainer, "eval", metrics)
 
     scripts.publish(
         trainer,
         tokenizer,
-        {name: metrics[name] for name in ("eval_loss", "perplexity") if name in metrics},
+        {name: value for name, value in metrics.items() if name == "eval_loss" or name.startswith("perplexity")},
         name="Feedback language model",
         dataset=text_args.source,
         description=f"Trained on {text_args.source} in blocks of {text_args.block_size} tokens.",

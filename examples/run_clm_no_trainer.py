@@ -11,25 +11,27 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import run_clm
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import default_data_collator, get_scheduler
-
 from feedback_transformers.training import (
     Sigterm,
     check_complete,
     draw_steps,
     first_non_finite,
     last_complete_checkpoint,
+    own_steps,
     saving,
     scripts,
+    trained_with,
+    with_steps,
 )
+
+import torch
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import default_data_collator, get_scheduler
 
 
 @dataclass
@@ -55,9 +57,7 @@ class LoopArguments:
     hub_token: str | None = field(default=None, metadata={"help": "Access token with the right to write."})
 
 
-DATA = ("dataset_name", "muon_learning_rate", "min_feedback_steps", "max_feedback_steps")
-SIZES = ("block_size", "max_train_samples", "max_eval_samples", "per_device_train_batch_size", "config_overrides")
-SMOKE = {"output_dir": "runs/smoke/clm-no-trainer", "max_train_steps": 4, "checkpointing_steps": 2}
+RECIPE = scripts.recipes.OWN_LOOP
 
 
 def endless(loader: DataLoader, accelerator: Accelerator, done: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -83,9 +83,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, accelerator: Accelerato
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, run_clm.TextArguments, LoopArguments)
-    defaults = {name: run_clm.DEFAULTS[name] for name in DATA}
-    smoke: dict[str, Any] = {**{name: run_clm.SMOKE[name] for name in SIZES}, **SMOKE}
-    model_args, text_args, args = scripts.parse(types, arguments, defaults, smoke)
+    model_args, text_args, args = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
     output = Path(args.output_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -98,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     with accelerator.main_process_first():
         model, tokenizer, blocks = run_clm.prepare(model_args, text_args)
+    steps = scripts.steps_to_draw(model_args, model)
+    trained_with(model, steps)
     accelerator.print(f"{model.num_parameters():,} parameters, {len(blocks['train']):,} blocks")
 
     train = DataLoader(
@@ -129,7 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         step = int(Path(checkpoint).name.removeprefix("step_"))
         accelerator.print(f"Going on from step {step}")
 
-    sampled = scripts.draws_steps(model_args, model)
     bar = tqdm(initial=step, total=args.max_train_steps, disable=not accelerator.is_main_process)
     sigterm = Sigterm()
     model.train()
@@ -140,8 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         if step >= args.max_train_steps:
             break
         drawn = None
-        if sampled:  # the same number on every process, and after a restart
-            drawn = draw_steps(step, model_args.min_feedback_steps, model_args.max_feedback_steps, args.seed)
+        if steps is not None:  # the same number on every process, and after a restart
+            drawn = draw_steps(step, *steps, args.seed)
         with accelerator.accumulate(model):
             loss = model(**batch, num_feedback_steps=drawn).loss
             if not torch.isfinite(loss):
@@ -171,6 +170,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     loss = evaluate(model, validation, accelerator)
     metrics = {"eval_loss": loss, "perplexity": math.exp(loss)}
     accelerator.print(metrics)
+    for number in range(1, 2 * (own_steps(model) or 0) + 1):
+        with with_steps(model, number):
+            metrics[f"perplexity_step_{number}"] = math.exp(evaluate(model, validation, accelerator))
+        accelerator.print(f"perplexity with {number} passes: {metrics[f'perplexity_step_{number}']:.4f}")
     accelerator.log(metrics, step=step)
     trained = scripts.whole(accelerator, model)
     if accelerator.is_main_process:

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from feedback_transformers import data, metrics
+from feedback_transformers.training import StopOnNonFinite, scripts
+
 import numpy as np
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -25,46 +28,7 @@ from transformers import (
     set_seed,
 )
 
-from feedback_transformers import data, metrics
-from feedback_transformers.training import StopOnNonFinite, scripts
-
-ARCHITECTURE = {
-    "feedback_axis": "depth",
-    "feedback_type": "transformer",
-    "feedback_connection": "gate",
-    "num_feedback_steps": 2,
-    "num_encoder_layers": 2,
-    "num_feedback_layers": 1,
-    "num_decoder_layers": 1,
-}
-SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "max_position_embeddings": 512}
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "runs/seq2seq",
-    "dataset_name": "modern-bible",
-    "max_steps": 4000,
-    "per_device_train_batch_size": 32,
-    "per_device_eval_batch_size": 64,
-    "learning_rate": 2e-3,
-    "warmup_steps": 0.05,
-    "weight_decay": 0.05,
-    "adam_beta2": 0.98,
-    "train_sampling_strategy": "group_by_length",
-    "eval_strategy": "steps",
-    "eval_steps": 1000,
-    "save_steps": 1000,
-    "max_eval_samples": 300,
-}
-SMOKE: dict[str, Any] = {
-    "output_dir": "runs/smoke/seq2seq",
-    "max_steps": 2,
-    "max_train_samples": 16,
-    "max_eval_samples": 4,
-    "max_target_length": 16,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 1,
-    "vocab_size": 300,
-    "config_overrides": "hidden_size=32,intermediate_size=64",
-}
+RECIPE = scripts.recipes.SEQ2SEQ
 
 
 @dataclass
@@ -96,13 +60,13 @@ def score(predictions: list[str], references: list[str], metric: str) -> dict[st
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     types = (scripts.ModelArguments, PairArguments, Seq2SeqTrainingArguments)
-    model_args, pair_args, training_args = scripts.parse(types, arguments, DEFAULTS, SMOKE)
+    model_args, pair_args, training_args = scripts.parse(types, arguments, RECIPE.training, RECIPE.smoke)
     training_args.predict_with_generate = True
     training_args.generation_max_length = pair_args.max_target_length
     training_args.generation_num_beams = pair_args.num_beams
     set_seed(training_args.seed)
-    dataset = pair_args.load()
-    scripts.check_columns(dataset, source_column=pair_args.source_column, target_column=pair_args.target_column)
+    columns = {"source_column": pair_args.source_column, "target_column": pair_args.target_column}
+    dataset = pair_args.load(texts=columns)
     dataset = pair_args.limit(dataset)
     metric = pair_args.metric or ("rouge" if pair_args.dataset_name == "aws-docs" else "bleu")
 
@@ -115,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         texts = [*train[pair_args.source_column], *train[pair_args.target_column]]
         tokenizer = data.subwords(texts, pair_args.vocab_size)
         config = model_args.config(
-            ARCHITECTURE,
-            **SIZES,
+            RECIPE.architecture,
+            **RECIPE.sizes,
             is_encoder_decoder=True,
             vocab_size=len(tokenizer),
             pad_token_id=tokenizer.pad_token_id,
@@ -124,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             decoder_start_token_id=tokenizer.bos_token_id,
         )
         model = AutoModelForSeq2SeqLM.from_config(config)
+    scripts.set_max_length(tokenizer, model)
     print(f"{model.num_parameters():,} parameters, {len(dataset['train']):,} pairs")
 
     def encode(rows: dict[str, list]) -> dict[str, Any]:
@@ -154,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         processing_class=tokenizer,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
         compute_metrics=compute_metrics,
-        callbacks=[StopOnNonFinite()],
+        callbacks=[*scripts.drawn_passes(model_args, model, training_args.do_train), StopOnNonFinite()],
     )
 
     def compare(predictions: np.ndarray) -> dict[str, float]:
@@ -164,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             print(f"  {source}\n-> {written}\n")
         return {f"test_{name}_of_the_source": value for name, value in score(sources, targets, metric).items()}
 
-    results = scripts.fit(trainer, encoded.get("test"), compare)
+    results = scripts.fit(trainer, encoded.get("test"), compare, "rougeL" if metric == "rouge" else "bleu")
     scripts.publish(
         trainer,
         tokenizer,

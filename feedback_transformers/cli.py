@@ -1,4 +1,4 @@
-"""`feedback-transformers export | card | info`: what `hf` has no command for.
+"""Run `feedback-transformers export | card | info`.
 
 `hf upload`, `hf download`, `hf auth login` and `hf cache verify` do the rest.
 """
@@ -19,12 +19,16 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig
 
 from . import hub
+from .card import layers
 from .models.configuration_feedback import AUTO_MAP, MODELING, FeedbackConfig
-from .models.modeling_feedback import FeedbackPreTrainedModel, check_download
+from .models.feedback_files import check_download
+from .models.modeling_feedback import FeedbackPreTrainedModel
+
+SAID = ("name", "description", "license", "language", "base_model", "repository", "good_at", "limits", "dataset")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; what can't be done ends it with one sentence."""
+    """Run the command line; what can't be done ends it with one sentence."""
     args = parser().parse_args(arguments)
     try:
         args.run(args)
@@ -33,25 +37,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser("feedback-transformers", description="Folders and repositories of feedback models.")
+    top = argparse.ArgumentParser(
+        "feedback-transformers",
+        description="Prepare a feedback model for the Hub, or look at one. Upload a folder with `hf upload`.",
+    )
     commands = top.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="write a checkpoint to a folder that loads anywhere, with its card")
+    export = commands.add_parser("export", help="copy a model to a folder, with its code and a model card")
     export.add_argument("source", help="a folder, such as a checkpoint of Trainer, or a repository of the Hub")
-    export.add_argument("folder", type=Path, help="where to write it; upload it with `hf upload`")
+    export.add_argument("folder", type=Path, help="the folder to write; upload it with `hf upload`")
     export.set_defaults(run=run_export)
-    card = commands.add_parser("card", help="write README.md and .eval_results of a folder, and nothing else")
+    card = commands.add_parser("card", help="write the model card (README.md and .eval_results) of a folder")
     card.add_argument("folder", type=Path, help="a folder with a feedback model")
     card.set_defaults(run=run_card)
     for command in (export, card):
-        command.add_argument("--results", type=Path, help="JSON of metrics by name; default all_results.json there")
-        command.add_argument("--dataset", help="what they were measured on, as the Hub calls it")
-        command.add_argument("--name", help="title of the card")
-        command.add_argument("--description", help="a sentence below the title")
-        command.add_argument("--license", help="default apache-2.0")
-        command.add_argument("--reproduce", dest="reproduce", help="the command that measured")
-    info = commands.add_parser("info", help="what a model is, and whether its repository is complete")
-    info.add_argument("source", help="a folder or a repository of the Hub")
-    info.add_argument("--revision", help="branch, tag or commit")
+        said = command.add_argument_group("what the card says")
+        said.add_argument("--name", help="its title; the folder's name by default")
+        said.add_argument("--description", help="a sentence below the title")
+        said.add_argument("--license", help="the license of the weights, such as apache-2.0; there is no default")
+        said.add_argument("--language", help="the language of the texts, such as en")
+        said.add_argument("--base_model", help="the model that training started from, as the Hub calls it")
+        said.add_argument("--repository", help="the name that the model will have on the Hub, such as me/my-model")
+        said.add_argument("--good_at", help="a sentence: what the model does well")
+        said.add_argument("--limits", help="a sentence: where the model fails")
+        said.add_argument("--reproduce", help="the command that trained and measured the model")
+        said.add_argument("--dataset", help="the data set of the results, as the Hub calls it")
+        said.add_argument(
+            "--results",
+            type=Path,
+            help="a JSON file of numbers by metric; all_results.json of the training run by default",
+        )
+    info = commands.add_parser("info", help="show what a model is made of, and whether its repository is complete")
+    info.add_argument("source", help="a folder, or a repository of the Hub")
+    info.add_argument("--revision", help="a branch, tag or commit of the repository")
     info.set_defaults(run=run_info)
     return top
 
@@ -69,7 +86,7 @@ def load_config(source: str | Path, revision: str | None = None) -> FeedbackConf
 
 
 def auto_class(config: FeedbackConfig) -> Any:
-    """The Auto class of the head that the config names."""
+    """Return the Auto class of the head that the config names."""
     head = (config.architectures or ["FeedbackModel"])[0]
     autos = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head}")]
     if not autos:
@@ -78,18 +95,16 @@ def auto_class(config: FeedbackConfig) -> Any:
 
 
 def outline(config: FeedbackConfig) -> FeedbackPreTrainedModel:
-    """The model without its weights."""
+    """Return the model without its weights."""
     with torch.device("meta"):
         return auto_class(config).from_config(config)
 
 
 def sharing(args: argparse.Namespace, source: Path, target: Path) -> hub.Sharing:
-    """What the options and the files of a training run in `source` say."""
+    """Return what the options, and the files of a training run in `source`, say for the card."""
     results, state = args.results or source / "all_results.json", source / "trainer_state.json"
-    said = {"name": args.name, "dataset": args.dataset, "description": args.description, "license": args.license}
+    said = {name: getattr(args, name) for name in SAID} | {"command": args.reproduce}
     card = {"name": target.resolve().name, **{name: value for name, value in said.items() if value is not None}}
-    if args.reproduce:
-        card["command"] = args.reproduce
     if args.results and not results.is_file():
         raise ValueError(f"There is no file {results}: give --results a JSON of metrics by name.")
     numbers = read_metrics(results) if results.is_file() else {}
@@ -98,7 +113,7 @@ def sharing(args: argparse.Namespace, source: Path, target: Path) -> hub.Sharing
         if not isinstance(value, int | float):
             raise ValueError(f"{results} holds {name}={value!r}, which is not a number.")
     if found and not args.dataset:
-        raise ValueError("Say with --dataset what the results were measured on.")
+        raise ValueError(f"{results} holds results: name with --dataset what they were measured on.")
     plots = sorted(source.glob("plots/*.png"))
     if state.is_file() and not plots:
         plots = hub.draw_losses(read_metrics(state).get("log_history") or [], target)
@@ -119,7 +134,7 @@ def run_export(args: argparse.Namespace) -> None:
     said = sharing(args, Path(args.source), args.folder)
     model = auto_class(load_config(args.source)).from_pretrained(args.source)
     hub.export(model, args.folder, hub.processor_of(args.source), said.results, said.plots, **said.card)
-    print(f"{args.folder}: {len(list(args.folder.iterdir()))} files; push it with `hf upload`")
+    print(f"{args.folder} holds the model, its code and its card. Upload it: hf upload OWNER/NAME {args.folder}")
 
 
 def run_card(args: argparse.Namespace) -> None:
@@ -128,21 +143,21 @@ def run_card(args: argparse.Namespace) -> None:
     model, said = outline(load_config(args.folder)), sharing(args, args.folder, args.folder)
     readme = args.folder / "README.md"
     if readme.is_file() and not said.results and hub.load_card(readme).data.get("eval_results"):
-        raise ValueError(f"{readme} states results, and none are here: give --results, or remove it.")
+        raise ValueError(f"{readme} states results, which this would remove: give --results, or delete that file.")
     hub.complete(model, args.folder, said)
-    print(args.folder / "README.md")
+    print(f"The card is in {readme}")
 
 
 def run_info(args: argparse.Namespace) -> None:
     config = load_config(args.source, args.revision)
     model = outline(config)
-    stages = {"encoder": "encoder", "cell": "feedback", "decoder": "decoder"}
+    parts = {"encoder": "encoder", "cell": "feedback", "decoder": "decoder"}
     about = {
         "class": type(model).__name__,
         "parameters": f"{model.num_parameters():,}",
         **{
-            stage: f"{getattr(config, f'{name}_type')}, {getattr(config, f'num_{name}_layers')} layers"
-            for stage, name in stages.items()
+            part: layers(getattr(config, f"{name}_type"), getattr(config, f"num_{name}_layers"))
+            for part, name in parts.items()
         },
         "axis, signal, connection": f"{config.feedback_axis}, {config.feedback_signal}, {config.feedback_connection}",
         "format": config.format_version,
@@ -151,7 +166,8 @@ def run_info(args: argparse.Namespace) -> None:
     folder = Path(args.source)
     if folder.is_dir():
         missing = sorted({reference.split(".")[0] + ".py" for reference in AUTO_MAP.values()} - set(names(folder)))
-        about["code"] = f"lacks {', '.join(missing)}: export it" if missing else "complete"
+        lacks = f"lacks {', '.join(missing)}: run `feedback-transformers export`"
+        about["code"] = lacks if missing else "complete"
         about["card"] = measured_in(folder / "README.md")
     else:
         commit = getattr(config, "_commit_hash", None)
@@ -168,7 +184,7 @@ def names(folder: Path) -> list[str]:
 
 
 def measured_in(card: Path) -> str:
-    """The results that a card states."""
+    """Return the results that a card states, in one line."""
     if not card.is_file():
         return "none: write one with `feedback-transformers card`"
     results = hub.load_card(card).data.get("eval_results") or []

@@ -1,116 +1,102 @@
-"""Sharing: a repository that loads anywhere with `trust_remote_code=True`, with a card of measured results.
+"""Share a feedback model: a repository that loads anywhere, with a card of what was measured.
 
-The code and the complete auto_map go along with every `save_pretrained` and `push_to_hub` (see
-FeedbackConfig.save_pretrained). What else belongs to a model, its processor, what was measured, plots, is said once:
+`save_pretrained` and `push_to_hub` already write the code and the complete auto_map (FeedbackConfig.save_pretrained).
+Processor, results and pictures are named once, in one of three ways:
 
     hub.describe(model, tokenizer, {"accuracy": 0.75}, dataset="me/reviews")  # then model.push_to_hub("me/it")
     trainer.add_callback(hub.CardCallback(trainer, dataset="me/reviews"))  # for TrainingArguments(push_to_hub=True)
     hub.export(model, "folder", tokenizer, {"accuracy": 0.75}, dataset="me/reviews")
 
-A model loaded from a folder and pushed as it is takes along what lies beside it there, with nothing said.
+A model that was loaded from a folder and is pushed unchanged takes along what lies beside it there.
 """
 
 from __future__ import annotations
 
 import filecmp
-import math
-import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
-from inspect import signature
 from numbers import Real
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
-from huggingface_hub.repocard_data import EvalResult
+from huggingface_hub import ModelCard
 from transformers import AutoProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .models.configuration_feedback import MODELING, FeedbackConfig
+from .card import (
+    PIPELINES,
+    SPLITS,
+    THIS_REPOSITORY,
+    Results,
+    by_dataset,
+    check_card,
+    eval_results,
+    model_card,
+    numbers,
+    save_eval_results,
+    training_facts,
+)
+from .models.configuration_feedback import FeedbackConfig
 from .models.modeling_feedback import FeedbackPreTrainedModel
 
-TEMPLATE = Path(__file__).with_name("card_template.md")
 STUB = (
     "This model card has been automatically generated."  # what transformers says of a model that it knows nothing of
 )
-PIPELINES = {
-    "FeedbackForCausalLM": "text-generation",
-    "FeedbackForMaskedLM": "fill-mask",
-    "FeedbackForSequenceClassification": "text-classification",
-    "FeedbackForTokenClassification": "token-classification",
-    "FeedbackForQuestionAnswering": "question-answering",
-    "FeedbackForConditionalGeneration": "text2text-generation",
-    "FeedbackForImageClassification": "image-classification",
-    "FeedbackForTimeSeriesPrediction": "time-series-forecasting",
-}
-SPLITS = {"eval": "validation", "test": "test"}
 NOT_MEASURED = ("runtime", "samples_per_second", "steps_per_second", "samples", "model_preparation_time")
+KEPT = ("license", "language", "base_model", "datasets")  # of a card that is there, unless others are given
 
 
 @dataclass
 class Sharing:
-    """What a repository holds beyond weights, config and code; `card` is what `model_card` takes."""
+    """Hold what belongs to a repository beside weights, config and code; `card` is what `model_card` takes."""
 
     processor: Any = None
-    results: dict[str, float] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
     plots: Sequence[str | Path] = ()
     card: dict[str, Any] = field(default_factory=dict)
-
-
-KEPT = ("license", "language", "base_model", "datasets")  # of a card that is there, unless others are given
 
 
 def describe(
     model: FeedbackPreTrainedModel,
     processor: Any = None,
-    results: dict[str, float] | None = None,
+    results: Results | None = None,
     plots: Sequence[str | Path] = (),
     **card: Any,
 ) -> None:
-    """Says what goes along when `model` is pushed. Say it again when the model has been trained on.
+    """Name what goes along when `model` is pushed. Name it again after further training.
 
     Args:
         processor: a tokenizer, image or feature processor, saved beside the model.
-        results: measured metrics by name; names that begin with eval_ or test_, as Trainer's do, tell the split.
+        results: measured numbers by metric, or by data set and metric. Names that begin with eval_ or test_, as
+            Trainer's do, tell the split.
         plots: pictures, shown in the card.
-        card: what `model_card` takes: `dataset` names what `results` were measured on.
+        card: what `model_card` takes: `dataset` names what `results` were measured on, `license` the license.
+
+    Raises:
+        TypeError: for another model, an unknown name in `card`, or a result that is not a number.
+        FileNotFoundError: for a picture that is not there.
     """
     if not isinstance(model, PreTrainedModel) or model.config.model_type != FeedbackConfig.model_type:
-        raise TypeError(
-            f"This takes a feedback model, not a {type(model).__name__}: merge_and_unload() adapters first."
-        )
-    for name, value in (results or {}).items():
-        if not isinstance(value, Real):
-            raise TypeError(f"results holds {name}={value!r}, which is not a number.")
+        raise TypeError(f"Give a feedback model, not a {type(model).__name__}: merge_and_unload() adapters first.")
     check_card(card)
     for plot in plots:
         if not Path(plot).is_file():
             raise FileNotFoundError(f"There is no plot {plot}.")
-    numbers = {name: value if isinstance(value, int) else float(value) for name, value in (results or {}).items()}
-    model.sharing = Sharing(processor, numbers, plots, card)  # type: ignore[assignment]
-
-
-def check_card(card: dict[str, Any]) -> None:
-    """Before it is written, which may be after a training of hours."""
-    known = [name for name in signature(model_card).parameters if name not in ("model", "results", "plots")]
-    unknown = sorted(set(card) - set(known))
-    if unknown:
-        raise TypeError(f"A card has no {', '.join(unknown)}; it takes {', '.join(known)}.")
+    model.sharing = Sharing(processor, numbers(results or {}), plots, card)  # type: ignore[assignment]
 
 
 def export(
     model: FeedbackPreTrainedModel,
     folder: str | Path,
     processor: Any = None,
-    results: dict[str, float] | None = None,
+    results: Results | None = None,
     plots: Sequence[str | Path] = (),
     **card: Any,
 ) -> Path:
-    """Writes to `folder` what push_to_hub would upload after `describe`, which takes the same arguments."""
+    """Write to `folder` what push_to_hub would upload after `describe`, which takes the same arguments."""
     describe(model, processor, results, plots, **card)
     folder = Path(folder)
     model.save_pretrained(folder)
@@ -119,7 +105,7 @@ def export(
 
 
 def complete(model: FeedbackPreTrainedModel, folder: str | Path, sharing: Sharing) -> None:
-    """Adds processor, plots, README.md and .eval_results to `folder`, which a model was saved to."""
+    """Add processor, plots, README.md and .eval_results to `folder`, which a model was saved to."""
     folder = Path(folder)
     if sharing.processor is not None:
         sharing.processor.save_pretrained(folder)
@@ -127,16 +113,17 @@ def complete(model: FeedbackPreTrainedModel, folder: str | Path, sharing: Sharin
         (folder / "plots").mkdir(exist_ok=True)
         if plot.resolve() != (folder / "plots" / plot.name).resolve():
             shutil.copyfile(plot, folder / "plots" / plot.name)
-    card = model_card(model, sharing.results, plots=[Path(plot).name for plot in sharing.plots], **sharing.card)
-    readme = folder / "README.md"
-    if readme.exists():  # the tags that push_to_hub was given are in it, and what its author said
-        said = load_card(readme).data
-        card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(said.get("tags") or [])]))
-        for key in KEPT:
-            if said.get(key) and key not in sharing.card:
-                card.data[key] = said[key]
+    given, readme = dict(sharing.card), folder / "README.md"
+    said = load_card(readme).data.to_dict() if readme.exists() else {}
+    for key in KEPT[:3]:
+        if said.get(key):
+            given.setdefault(key, said[key])
+    card = model_card(model, sharing.results, plots=[Path(plot).name for plot in sharing.plots], **given)
+    card.data["tags"] = list(dict.fromkeys([*card.data["tags"], *(said.get("tags") or [])]))  # those of push_to_hub
+    if said.get("datasets"):
+        card.data["datasets"] = said["datasets"]
     card.save(readme)
-    save_eval_results(folder, sharing)
+    save_eval_results(folder, sharing.results, given)
 
 
 def load_card(readme: Path) -> ModelCard:
@@ -147,23 +134,23 @@ def load_card(readme: Path) -> ModelCard:
 
 
 def complete_push(model: FeedbackPreTrainedModel, folder: str, repository: str) -> None:
-    """What FeedbackPreTrainedModel does before `folder` is uploaded by push_to_hub."""
+    """Complete `folder` before push_to_hub uploads it to `repository`."""
     target, origin = Path(folder), Path(model.name_or_path or ".")
+    named = {"name": repository.split("/")[-1], "repository": repository}
     if model.sharing is not None:
-        named = {"name": repository.split("/")[-1], "repository": repository} | model.sharing.card
-        complete(model, target, Sharing(model.sharing.processor, model.sharing.results, model.sharing.plots, named))
+        complete(model, target, replace(model.sharing, card={**named, **model.sharing.card, "repository": repository}))
     elif model.name_or_path and origin.resolve() != target.resolve() and same_weights(origin, target):
-        sharing = Sharing(processor_of(origin), plots=sorted(origin.glob("plots/*.png")))
-        complete(model, target, sharing)
+        complete(model, target, Sharing(processor_of(origin), plots=sorted(origin.glob("plots/*.png"))))
         for file in (*origin.glob("README.md"), *origin.glob(".eval_results/*.yaml")):
-            (target / file.relative_to(origin)).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target / file.relative_to(origin))
+            copy = target / file.relative_to(origin)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_text(file.read_text(encoding="utf-8").replace(THIS_REPOSITORY, repository), encoding="utf-8")
     elif STUB in (target / "README.md").read_text(encoding="utf-8"):
-        complete(model, target, Sharing(card={"name": repository.split("/")[-1], "repository": repository}))
+        complete(model, target, Sharing(card=named))
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    """Whether two folders hold the same weights, so that what was measured in one is true of the other."""
+    """Return whether two folders hold the same weights, so that results of one are true of the other."""
     names = [{file.name for file in folder.glob("*.safetensors")} for folder in (one, other)]
     return names[0] == names[1] != set() and all(
         filecmp.cmp(one / name, other / name, shallow=False) for name in names[0]
@@ -171,7 +158,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 
 def processor_of(folder: str | Path) -> Any:
-    """The tokenizer, image or feature processor in `folder`; None without one."""
+    """Return the tokenizer, image or feature processor in `folder`; None without one."""
     try:
         return AutoProcessor.from_pretrained(folder)
     except (OSError, ValueError, KeyError):
@@ -179,7 +166,7 @@ def processor_of(folder: str | Path) -> Any:
 
 
 def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """What of Trainer's `metrics` says how good a model is: not the speed, not the progress, not the training loss."""
+    """Return the numbers of Trainer's `metrics` that say how good a model is: not its speed, nor the training loss."""
     names = [name for name in metrics if name.split("_")[0] in SPLITS or name == "perplexity"]
     kept = {name: metrics[name] for name in names if name.partition("_")[2] not in NOT_MEASURED}
     for name, value in kept.items():
@@ -189,7 +176,7 @@ def measured(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def draw_losses(history: Sequence[Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """The picture plots/loss.png of Trainer's `state.log_history`, if it has losses and matplotlib is installed."""
+    """Draw plots/loss.png of Trainer's `state.log_history`, if it has losses and matplotlib is installed."""
     if find_spec("matplotlib") is None or not any({"loss", "eval_loss"} & set(entry) for entry in history):
         return []
     from . import visualize
@@ -200,95 +187,20 @@ def draw_losses(history: Sequence[Mapping[str, Any]], folder: str | Path) -> lis
     return [path]
 
 
-def split_of(metric: str) -> tuple[str, str | None]:
-    """eval_accuracy -> accuracy, validation"""
-    prefix, _, name = metric.partition("_")
-    return (name, SPLITS[prefix]) if prefix in SPLITS and name else (metric, None)
-
-
-def save_eval_results(folder: Path, sharing: Sharing) -> None:
-    """The results as the Hub reads them, .eval_results/<dataset>.yaml; without a dataset they have no place there."""
-    dataset = sharing.card.get("dataset")
-    if not dataset or not sharing.results:
-        return
-    entries = [
-        EvalResultEntry(dataset_id=dataset, task_id=metric, value=value, notes=sharing.card.get("command") or None)
-        for metric, value in sharing.results.items()
-        if math.isfinite(value)
-    ]
-    (folder / ".eval_results").mkdir(exist_ok=True)
-    file = folder / ".eval_results" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', dataset)}.yaml"
-    file.write_text(yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False), encoding="utf-8")
-
-
-def eval_results(results: Mapping[str, float], task: str, dataset: str) -> list[EvalResult]:
-    """The results as the model-index of a card."""
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=split_of(metric)[1],
-            metric_type=split_of(metric)[0],
-            metric_name=metric,
-            metric_value=value,
-        )
-        for metric, value in results.items()
-        if math.isfinite(value)
-    ]
-
-
-def model_card(
-    model: FeedbackPreTrainedModel,
-    results: dict[str, float],
-    name: str = "feedback model",
-    dataset: str = "unknown",
-    license: str = "apache-2.0",
-    description: str = "",
-    command: str = "",
-    repository: str = "<this repository>",
-    plots: Sequence[str] = (),
-) -> ModelCard:
-    """A card with the sizes of `model` and the measured `results` on `dataset`, which `command` reproduces."""
-    config = model.config
-    head = type(model).__name__
-    task = PIPELINES.get(head, "feature-extraction")
-    data = ModelCardData(
-        library_name="transformers",
-        license=license,
-        pipeline_tag=task,
-        tags=["feedback", "feedback_transformers", f"feedback-{config.feedback_axis}"],
-        model_name=name,
-        eval_results=eval_results(results, task, dataset) or None,
-    )
-    return ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        model_name=name,
-        description=description,
-        head=head,
-        auto=next(auto for auto, reference in MODELING.items() if reference.endswith(f".{head}")),
-        parameters=f"{model.num_parameters():,}",
-        config=config,
-        results=results,
-        dataset=dataset,
-        command=command,
-        repository=repository,
-        plots=plots,
-    )
-
-
 class CardCallback(TrainerCallback):
-    """Completes every push of a Trainer with `push_to_hub=True`: code, card, results, plots.
+    """Complete every push of a Trainer with `push_to_hub=True`: code, card, results, plots.
 
-    Trainer pushes a checkpoint without its code, and writes a README.md of its own after the last event before the
-    final upload; this writes ours in its place, with what evaluate and predict measured of the weights as they are.
-    With adapters, Trainer's and PEFT's card stays, and the results are added to it.
+    Trainer alone pushes checkpoints without their code and with a card of its own. This callback writes our card in
+    its place: how the model was trained, and what evaluate and predict measured of these weights. With adapters, the
+    card of Trainer and PEFT stays, and the results are added to it.
 
     Args:
         trainer: the Trainer that this is added to.
         dataset: what it evaluates on.
-        card: what else `model_card` takes.
+        card: what else `model_card` takes, such as `license`.
+
+    Raises:
+        ValueError: where TrainingArguments hold a token, which would be uploaded.
     """
 
     def __init__(self, trainer: Trainer, dataset: str, **card: Any) -> None:
@@ -305,7 +217,7 @@ class CardCallback(TrainerCallback):
         self.create_model_card, trainer.create_model_card = trainer.create_model_card, self.write  # type: ignore
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.results = {}  # what was measured was measured of other weights
+        self.results = {}  # they belong to the weights before this step
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: Any, metrics: dict | None = None, **kwargs: Any
@@ -329,13 +241,14 @@ class CardCallback(TrainerCallback):
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
     def describe(self) -> None:
-        """So that the model's own push_to_hub is complete too."""
+        """Describe the model, so that its own push_to_hub is complete too."""
         if isinstance(self.model(), FeedbackPreTrainedModel) and self.trainer.is_world_process_zero():
             plots = draw_losses(self.trainer.state.log_history, self.drawn.name)
-            describe(self.model(), self.trainer.processing_class, self.results, plots, **self.card)
+            card = training_facts(self.trainer) | self.card
+            describe(self.model(), self.trainer.processing_class, self.results, plots, **card)
 
     def write(self, **kwargs: Any) -> None:
-        """Completes output_dir; in place of Trainer.create_model_card."""
+        """Complete output_dir; called in place of Trainer.create_model_card."""
         if not self.trainer.is_world_process_zero():
             return
         folder, model = Path(self.trainer.args.output_dir or "."), self.model()
@@ -349,6 +262,10 @@ class CardCallback(TrainerCallback):
         card = ModelCard.load(folder / "README.md")
         task = PIPELINES.get(type(model.get_base_model()).__name__, "feature-extraction")
         card.data.model_name = self.card["name"]
-        card.data.eval_results = eval_results(self.results, task, self.card["dataset"]) or None
+        for key in ("license", "language"):
+            if key in self.card:
+                card.data[key] = self.card[key]
+        results = by_dataset(self.results, self.card["dataset"])
+        card.data.eval_results = eval_results(results, task) or None
         card.save(folder / "README.md")
-        save_eval_results(folder, Sharing(results=self.results, card=self.card))
+        save_eval_results(folder, results, self.card)

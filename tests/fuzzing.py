@@ -57,6 +57,8 @@ SENSIBLE: dict[str, list[Any]] = {
     "conv_kernel_size": [1, 2, 3, 5],
     "feedback_interval": [1, 2, 3],
     "num_feedback_steps": [1, 2, 4],
+    "plugins": [None],
+    "trained_feedback_steps": [None, [1, 4], [2, 2]],
     "feedback_noise": [0, 0.1],
     "solver_steps": [1, 3],
     "solver_block_size": [1, 2, 3],

@@ -1,10 +1,12 @@
-"""A Hub on this machine: what huggingface_hub says to the real one when it pushes and pulls, answered from memory.
+"""Serve a Hub on this machine, in memory. Try a push with it: `python tests/hub_server.py` says what to set.
 
-    with Hub({"a token": ("name", "write")}) as hub:  # HF_ENDPOINT=hub.url, before huggingface_hub is imported
+It answers what huggingface_hub asks when it pushes and pulls. A test starts it in its own process:
+
+    with Hub({"a token": ("name", "write")}) as hub:  # set HF_ENDPOINT=hub.url before huggingface_hub is imported
         hub.faults.append(Fault("PUT", "/objects/", "cut"))
 
-It knows repositories of models and data sets, private ones, branches, tags and LFS, and fails on demand. It proves the
-client's side only: the real Hub may answer otherwise. Xet is not spoken; set HF_HUB_DISABLE_XET=1.
+It has models and data sets, private ones, branches, tags and LFS, and fails on demand. It proves the client's side
+only: the real Hub may answer otherwise. It does not speak Xet, so set HF_HUB_DISABLE_XET=1.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Blob:
 
     @property
     def oid(self) -> str:
-        """What git calls it: for LFS, the hash of the pointer."""
+        """Return the name that git gives it; for LFS, the hash of the pointer."""
         pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
         content = pointer.encode() if self.lfs else self.content
         return sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -71,7 +73,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What the next `times` requests of this method and path get: a status, a `cut` half way, or a `flip` of a bit."""
+    """Fail the next `times` requests of this method and path: a status, a `cut` half way, or a `flip` of a bit."""
 
     method: str
     path: str
@@ -112,7 +114,7 @@ class Hub:
         self.server.server_close()
 
     def put(self, name: str, files: dict[str, bytes], private: bool = False) -> str:
-        """A repository with these files, made without HTTP; the commit."""
+        """Make a repository with these files, without HTTP, and return its commit."""
         repo = self.repos.setdefault(name, Repo(name.split("/")[1], private))
         return repo.commit({path: Blob(content, path.endswith(LFS)) for path, content in files.items()})
 
@@ -184,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
 
     def log_message(self, *args: object) -> None:
-        """Nothing: the requests are kept."""
+        """Print nothing: `requests` has them all."""
 
     def user(self) -> tuple[str, str] | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -260,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(b"")
 
     def commit(self, kind: str, id: str, revision: str) -> None:
-        """All or nothing: the branch moves when every line was understood and every object is there."""
+        """Move the branch when every line was understood and every object is there; otherwise change nothing."""
         repo = self.repo(kind, id, write=True)
         files = dict(repo.files(self.at(repo, revision)))
         for line in map(json.loads, self.body.splitlines()):
@@ -367,3 +369,26 @@ ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", API + "/paths-info/(?P<revision>[^/]+)", Handler.paths),
     ("GET HEAD", PAGE + "/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
+
+
+def main() -> None:
+    """Serve an empty Hub until Ctrl-C, and print what to set in another terminal to push to it."""
+    with Hub({"hf_local": ("me", "write")}) as hub:
+        print(
+            f"A Hub in memory listens at {hub.url}. It forgets everything when it ends (Ctrl-C).\n"
+            "In another terminal, before Python starts:\n\n"
+            f"    export HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1 HF_TOKEN=hf_local\n"
+            "    unset HF_HUB_OFFLINE\n\n"
+            "Then, in Python:\n\n"
+            '    model.push_to_hub("me/my-model")\n'
+            '    AutoModel.from_pretrained("me/my-model", trust_remote_code=True)',
+            flush=True,
+        )
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print("The Hub has ended.")
+
+
+if __name__ == "__main__":
+    main()

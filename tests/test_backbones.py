@@ -1,9 +1,11 @@
 """The transformer layers that are borrowed: their attention, their windows, their dropout."""
 
+import re
+
 import pytest
 import torch
-from conftest import assert_close, build, tokens
-from transformers import LlamaConfig
+from conftest import assert_close, build, tiny, tokens
+from transformers import AutoModel, LlamaConfig
 
 from feedback_transformers import FeedbackForCausalLM, FeedbackForMaskedLM
 from feedback_transformers.models.feedback_names import BACKBONE_TYPES
@@ -86,3 +88,30 @@ def test_a_window_to_both_sides():
     changed[0, 6] = 5 + (changed[0, 6] - 4) % 40
     apart = (model(before).logits - model(changed).logits).abs().amax(-1)[0]
     assert apart[:4].max() == 0 and (apart[4:9] > 1e-4).all(), "two on either side see it"
+
+
+def layer_statistics(model) -> dict[str, list[tuple[float, float]]]:
+    """Mean and standard deviation of each parameter of a layer, by its name within the layer."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, parameter in model.named_parameters():
+        _, layer, inner = re.sub(r"\.\d+\.", ".", name).rpartition("layers." if "layers." in name else "h.")
+        if layer:
+            found.setdefault(inner, []).append((parameter.mean().item(), parameter.std().item()))
+    return found
+
+
+@pytest.mark.parametrize("family", BACKBONE_TYPES)
+def test_fresh_layers_begin_as_those_of_their_family(family):
+    """GPT-2 begins its residual projections smaller; norms may begin at zero; a family may have biases."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_feedback_layers": 3, "num_encoder_layers": 3}
+    sizes.update(num_decoder_layers=3, initializer_range=0.03)
+    model = FeedbackForCausalLM(tiny(**sizes, backbone_config=family))
+    own, ours = (layer_statistics(m) for m in (AutoModel.from_config(model.config.backbone_config), model))
+    assert own.keys() <= ours.keys()
+    for name, values in own.items():
+        assert len(ours[name]) == 9
+        for mean, std in ours[name]:
+            assert abs(mean - values[0][0]) < 3e-3 and abs(std - values[0][1]) < 2e-3, name
+    if family == "gpt2":
+        expected = 0.03 / (2 * 3) ** 0.5  # as its paper has it, of 3 layers with 2 residual paths each
+        assert all(abs(std - expected) < 1e-3 for _, std in ours["mlp.c_proj.weight"])

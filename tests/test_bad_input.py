@@ -79,7 +79,7 @@ CONFIGS = [
     ({"pad_token_id": -1}, "pad_token_id is -1; it must be at least 0 and below vocab_size"),
     ({"solver": "jacobi"}, "in depth use 'sequential'"),
     ({"feedback_interval": 2}, "it needs feedback_axis='time'; set it to 1"),
-    ({"feedback_connection": "memory"}, "needs feedback_type='transformer', feedback_axis='time'"),
+    ({"feedback_connection": "memory"}, "'memory' needs feedback_axis='time'."),
     ({"feedback_connection": "memory", "feedback_axis": "time", "feedback_interval": 2}, "set feedback_interval=1"),
     (
         {"feedback_connection": "memory", "feedback_axis": "time", "feedback_signal": "output"},
@@ -154,9 +154,12 @@ INPUTS = [
     ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"The input has 1 dimensions; it must be \[batch, positions\]"),
     ({}, "Give exactly one of input_ids, inputs_embeds"),
     ({"input_ids": tokens(), "inputs_embeds": torch.zeros(2, 13, 32)}, "Give exactly one of"),
-    ({"input_ids": tokens(), "attention_mask": torch.ones(2, 12)}, r"attention_mask has the shape \(2, 12\)"),
-    ({"input_ids": tokens(), "attention_mask": torch.ones(1, 13)}, "for the 2 rows and at least the 13 positions"),
-    ({"input_ids": tokens(), "attention_mask": torch.ones(2, 1, 13, 13)}, r"it must be \[batch, positions\]"),
+    (
+        {"input_ids": tokens(), "attention_mask": torch.ones(2, 12)},
+        r"attention_mask has the shape \[2, 12\]; it must have the shape \[2, 13\]",
+    ),
+    ({"input_ids": tokens(), "attention_mask": torch.ones(1, 13)}, r"attention_mask has the shape \[1, 13\]"),
+    ({"input_ids": tokens(), "attention_mask": torch.ones(2, 1, 13, 13)}, r"\[2, 13\], \[batch, positions\]"),
     ({"input_ids": tokens(), "num_feedback_steps": 0}, "num_feedback_steps is 0; it must be a whole number"),
     ({"input_ids": tokens(), "num_feedback_steps": -1}, "num_feedback_steps is -1"),
     ({"input_ids": tokens(), "num_feedback_steps": 2.5}, "num_feedback_steps is 2.5"),
@@ -254,7 +257,7 @@ def test_a_text_that_grows_too_long(monkeypatch):
                 model(more, past_key_values=cache, use_cache=True)
         else:
             assert model(more, past_key_values=cache, use_cache=True).logits.isfinite().all()
-    assert len(said) == 1 and said[0].startswith("97 positions are more")
+    assert len(said) == 1 and said[0].startswith("A text is longer than max_position_embeddings (96)")
 
 
 def test_without_attention_no_length_is_too_long():
@@ -321,8 +324,8 @@ def test_several_classes_of_one_token():
 
 def test_images_and_series_of_another_shape():
     model = build(FeedbackForImageClassification, embedding_type="patches", is_causal=False, image_size=8)
-    with pytest.raises(ValueError, match=r"pixel_values are \(3, 8, 8\); this model takes \(1, 8, 8\)"):
-        model(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"pixel_values are \(2, 8, 8\); this model takes \(1, 8, 8\)"):
+        model(torch.zeros(2, 2, 8, 8))
     with pytest.raises(ValueError, match="needs at least two time steps"):
         build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 1))
     with pytest.raises(ValueError, match="past_values have 3 channels and this model 1"):
@@ -335,7 +338,7 @@ def test_images_and_series_of_another_shape():
     for shape in ((1, 4), (3, 4), (2, 4, 2)):
         with pytest.raises(ValueError, match="give each row and channel its own future"):
             model(torch.rand(2, 5), future_values=torch.rand(shape))
-    with pytest.raises(ValueError, match="Series have no attention_mask"):
+    with pytest.raises(ValueError, match="does not read attention_mask: give windows of one length"):
         model(torch.rand(2, 5), attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="0 steps are asked for"):
         model(torch.rand(2, 5), prediction_length=0)
@@ -362,10 +365,10 @@ def test_labels_of_several_classes_at_once():
         model(tokens(), labels=torch.ones(2))
 
 
-def test_no_token_embeddings_in_a_model_of_images():
+def test_no_vocabulary_in_a_model_of_images():
     model = build(FeedbackForImageClassification, embedding_type="patches", is_causal=False, image_size=8)
-    with pytest.raises(NotImplementedError, match="A model of patches has no token embeddings"):
-        model.get_input_embeddings()
+    with pytest.raises(ValueError, match="A model of patches has no vocabulary that could be resized"):
+        model.resize_token_embeddings(60)
 
 
 def test_padding_token_is_read_as_padding_by_the_classifier():

@@ -76,6 +76,10 @@ def test_presets(name):
         FeedbackConfig(50)
 
 
+TIME, JACOBI = {"feedback_axis": "time"}, {"solver": "jacobi"}
+NEWTON = {"solver": "newton", "feedback_type": "min_gru", "feedback_signal": "none"}
+
+
 @pytest.mark.parametrize(
     ("axis", "unread", "read"),
     [("time", "num_feedback_steps", "solver_steps"), ("depth", "solver_steps", "num_feedback_steps")],
@@ -83,7 +87,7 @@ def test_presets(name):
 def test_steps_that_nothing_reads_are_told(axis, unread, read, monkeypatch):
     said = []
     monkeypatch.setattr(feedback_rules.logger, "warning_once", said.append)
-    FeedbackConfig(feedback_axis=axis, **{read: 7})
+    FeedbackConfig(feedback_axis=axis, solver="jacobi" if axis == "time" else "sequential", **{read: 7})
     assert not said
     FeedbackConfig(feedback_axis=axis, **{unread: 7})
     assert len(said) >= 1 and f"{unread} has no effect with feedback_axis='{axis}'" in said[0] and read in said[0]
@@ -105,6 +109,43 @@ def test_other_options_that_nothing_reads_are_told(name, value, read_with, monke
     assert not said
     FeedbackConfig(feedback_axis="time", **{name: value})
     assert said and said[0].startswith(f"{name} has no effect")
+
+
+ALREADY = [
+    # what is set, and the advice that it already follows
+    ({**TIME, "solver": "jacobi", "num_feedback_steps": 9}, "set solver_steps for its passes", "solver='jacobi'"),
+    ({**TIME, "solver": "gauss_seidel", "num_feedback_steps": 9}, "set solver_steps for its passes", "solver="),
+    ({**TIME, "feedback_signal": "none", "num_feedback_steps": 9}, "use feedback_axis='depth'", "solver="),
+    ({**TIME, **NEWTON, "solver_steps": 9}, "it is for 'jacobi' and 'gauss_seidel'", "depth"),
+    ({**TIME, "solver_steps": 9}, "it is for 'jacobi' and 'gauss_seidel'", "depth"),
+    ({"halting": "converged", "halting_prior": 0.3}, "with halting='converged': it is for 'learned'", "fixed"),
+]
+REFUSED = [
+    ({**TIME, **JACOBI, "feedback_signal": "none", "halting": "act"}, "feedback_signal='state' or 'output'", "jacobi"),
+    ({**TIME, "halting": "act"}, "needs feedback_axis='depth' or solver='jacobi'.", "signal"),
+    ({**TIME, "solver": "gauss_seidel", "halting": "act"}, "set solver='jacobi'", "depth"),
+    ({**TIME, **NEWTON, "feedback_signal": "state"}, "channels, needs feedback_signal='none'.", "feedback_type"),
+    ({**TIME, **NEWTON, "feedback_type": "gru"}, "needs feedback_type='diagonal_gru' or 'min_gru'.", "signal"),
+    ({"feedback_connection": "memory"}, "'memory' needs feedback_axis='time'.", "halting"),
+    ({**TIME, "shared_step_cache": True}, "needs feedback_axis='depth'.", "feedback_type"),
+    ({"feedback_type": "gru", "shared_step_cache": True}, "needs feedback_type='transformer'.", "axis"),
+]
+
+
+@pytest.mark.parametrize(("fields", "sentence", "followed"), ALREADY, ids=lambda value: str(value)[:60])
+def test_advice_is_not_followed_already(fields, sentence, followed, monkeypatch):
+    said = []
+    monkeypatch.setattr(feedback_rules.logger, "warning_once", said.append)
+    FeedbackConfig(**fields)
+    (found,) = set(said)
+    assert sentence in found and followed not in found.partition(": ")[2]
+
+
+@pytest.mark.parametrize(("fields", "sentence", "followed"), REFUSED, ids=lambda value: str(value)[:60])
+def test_a_refusal_names_what_is_to_change_alone(fields, sentence, followed):
+    with pytest.raises(ValueError) as raised:
+        FeedbackConfig(**fields)
+    assert sentence in str(raised.value) and followed not in str(raised.value)
 
 
 def test_num_hidden_layers_is_not_inflated():

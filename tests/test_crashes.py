@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from feedback_transformers.training import check_complete, first_non_finite, last_complete_checkpoint, train_safely
+from feedback_transformers.training import (
+    check_complete,
+    checkpoints,
+    first_non_finite,
+    last_complete_checkpoint,
+    train_safely,
+)
 
 FORKS = multiprocessing.get_context("forkserver")  # a process that has imported everything, and forks in no time
 FORKS.set_forkserver_preload(["crash_training"])
@@ -260,6 +267,21 @@ def fill(kind: str, whole: Path, folder: Path, limit: int | None) -> None:
 def test_full_disk(kind, limit, whole, tmp_path):
     """A clear error, whatever file can't be written, and the last checkpoint as it was."""
     fill(kind, whole[kind], tmp_path / "run", limit)
+
+
+@pytest.mark.parametrize("limit", [0, 500, 5_000, 70_000, 400_000, 428_000])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_says_in_many_ways_that_a_disk_is_full(limit, zipped, tmp_path):
+    """Where the file ends decides which of its errors PyTorch raises."""
+    state, before = [torch.ones(n) for n in (10, 100_000, 7_000, 3)], resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises((RuntimeError, OSError)) as raised:
+            torch.save(state, tmp_path / "optimizer.pt", _use_new_zipfile_serialization=zipped)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoints._is_full(raised.value), str(raised.value)
+    assert not checkpoints._is_full(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ METRICS = {
     "run_seq2seq": ["test_bleu", "test_chrf", "test_bleu_of_the_source"],
     "run_image_classification": ["test_accuracy", "test_accuracy_step_1", "test_accuracy_step_4"],
     "run_forecasting": ["test_mase", "test_mase_naive_24", "test_mase_naive_168"],
+    "sft": ["train_loss", "eval_loss", "perplexity", "perplexity_step_8"],
     "finetune_lora": ["perplexity_before_python-docs", "perplexity_after_python-docs", "perplexity_after_shakespeare"],
     "retrofit_lora": [
         "perplexity_original_python-docs",
@@ -57,9 +58,18 @@ def results(folder):
     return json.loads((folder / "all_results.json").read_text())
 
 
+def test_minimal_is_short_and_runs(tmp_path):
+    script = EXAMPLES / "minimal.py"
+    assert len(script.read_text().splitlines()) <= 60
+    printed = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=500
+    ).stdout
+    assert "4 passes: validation loss" in printed and (tmp_path / "runs/minimal/model.safetensors").exists()
+
+
 def test_there_is_a_test_and_a_row_of_the_readme_for_every_example():
     scripts = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert scripts == {*METRICS, "demo"}
+    assert scripts == {*METRICS, "demo", "minimal"}
     readme = (EXAMPLES / "README.md").read_text()
     assert all(f"[{script}.py]({script}.py)" in readme for script in scripts)
 
@@ -308,7 +318,11 @@ def test_too_few_examples_to_split(tmp_path):
         (["--model_name_or_path", "me/it", "--preset", "gru"], ValueError, "preset and config_overrides are of a new"),
         (["--config_overrides", "hidden_size"], ValueError, "not of the form name=value"),
         (["--preset", "transformer-9000"], ValueError, "Unknown preset 'transformer-9000'; choose one of"),
-        (["--min_feedback_steps", "5", "--max_feedback_steps", "2"], ValueError, "1 <= minimum <= maximum"),
+        (
+            ["--min_feedback_steps", "5", "--max_feedback_steps", "2"],
+            ValueError,
+            "steps is 5 and --max_feedback_steps is 2",
+        ),
         (["--push_to_hub", "true", "--hub_token", "hf_secret"], ValueError, "leave --hub_token out"),
     ],
 )

@@ -14,7 +14,15 @@ import torch
 from conftest import arguments, build, dataset, tokens
 from hypothesis import given
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    modeling_utils,
+)
 
 from feedback_transformers import FeedbackForCausalLM, FeedbackModel, data, retrofit
 from feedback_transformers.data import packages
@@ -133,6 +141,20 @@ def test_a_body_with_holes_is_refused(head, checkpoint):
     rewrite(checkpoint, lambda weights: weights.pop("model.encoder.layers.0.mlp.up_proj.weight"))
     with pytest.raises(ValueError, match="lacks 1 weights of the model, such as .*up_proj.weight"):
         head.from_pretrained(checkpoint)
+
+
+def test_holes_are_told_in_one_sentence(checkpoint, monkeypatch):
+    """transformers would list each missing weight first, in a line of its own."""
+    reports: list[str] = []
+    monkeypatch.setattr(modeling_utils.logger, "warning", reports.append)
+    rewrite(checkpoint, lambda weights: [weights.pop(key) for key in [*weights] if "layers" in key])
+    with pytest.raises(ValueError, match=r"lacks \d\d weights of the model, such as model.decoder"):
+        FeedbackForCausalLM.from_pretrained(checkpoint)
+    assert not reports
+    model, info = FeedbackForCausalLM.from_pretrained(
+        checkpoint, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert len(info["missing_keys"]) > 10 and len(reports) == 1
 
 
 def test_halting_may_be_new(checkpoint):

@@ -115,6 +115,37 @@ def test_continues_from_a_cache():
     assert torch.equal(second, whole)
 
 
+@pytest.mark.parametrize("fields", [{}, {"feedback_axis": "time", "feedback_type": "lstm"}], ids=["depth", "time"])
+@pytest.mark.parametrize("held", [6, 12])
+@torch.no_grad()
+def test_a_cache_that_has_read_the_whole_prompt(fields, held):
+    """Nothing is left to predict from; a longer prompt goes on, and gives what it gives without the cache."""
+    model, text = build(**fields), tokens(2, 12)
+    cache = model(text[:, :held], use_cache=True).past_key_values
+    for prompt in ({"inputs": text[:, :6]}, {"inputs_embeds": model.get_input_embeddings()(text[:, :6])}):
+        with pytest.raises(ValueError, match=f"The cache holds {held} positions and the prompt has no more, 6: give"):
+            model.generate(**prompt, past_key_values=copy.deepcopy(cache), max_new_tokens=4)
+    longer, greedy = tokens(2, 13)[:, : held + 1], {"max_new_tokens": 4, "do_sample": False}
+    cache = model(longer[:, :held], use_cache=True).past_key_values
+    assert torch.equal(model.generate(longer, past_key_values=cache, **greedy), model.generate(longer, **greedy))
+
+
+@each_model
+def test_a_text_goes_on_behind_its_padding(fields):
+    """Rows that are padded on the right: as each row alone, once it has read what was predicted at the padding."""
+    model, rows, lengths = build(**fields), tokens(3, 7), [1, 3, 7]
+    mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).long()
+    given = rows.masked_fill(mask == 0, PAD)
+    greedy = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    cached = model.generate(given, attention_mask=mask, **greedy)
+    assert torch.equal(model.generate(given, attention_mask=mask, use_cache=False, **greedy), cached)
+    for row, length, new in zip(rows, lengths, cached[:, 7:], strict=True):
+        read = torch.cat([row[:length], new[:1]])[None]
+        real = torch.ones_like(read)  # also where the token that pads was predicted
+        alone = model.generate(read, attention_mask=real, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        assert torch.equal(alone[0, length + 1 :], new[1:])
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm", "diagonal_gru", "mlp", "conv"])
 @pytest.mark.parametrize("signal", ["state", "output"])
 def test_memory_is_independent_of_the_length(cell, signal):
@@ -149,7 +180,7 @@ def test_assisted_decoding_is_refused(arguments):
     model = build()
     if "assistant_model" in arguments:
         arguments = {"assistant_model": build()}
-    with pytest.raises(ValueError, match="a feedback state can't be undone: leave it out"):
+    with pytest.raises(ValueError, match="not supported with stateful models"):
         model.generate(tokens(1, 6), max_new_tokens=3, **arguments)
 
 

@@ -1,18 +1,22 @@
 """Every head: registered, learns, keeps to its padding and its pooling."""
 
+import copy
+
 import pytest
 import torch
 from conftest import (
     BOS,
     PAD,
+    arguments,
     assert_close,
     build,
     each_axis,
     pad,
     tokens,
 )
+from datasets import Dataset
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, Trainer
 
 from feedback_transformers import (
     FeedbackConfig,
@@ -272,16 +276,104 @@ def test_question_answering_loss():
     assert_close(outputs.loss, (start + end) / 2, 1e-6)
 
 
+def readouts(outputs) -> torch.Tensor:
+    """The logits [B, T, L] or [B, L] of any head."""
+    if "start_logits" in outputs:
+        return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+    return outputs.logits
+
+
+PREDICTING = [head for head in HEADS if head not in (FeedbackModel, FeedbackForTimeSeriesPrediction)]
+
+
+@pytest.mark.parametrize("head", PREDICTING, ids=lambda head: head.__name__)
+@pytest.mark.parametrize("side", ["left", "right", "inside"])
+def test_logits_after_each_step(head, side):
+    """Those of k steps are what the model predicts when it makes k steps."""
+    model, inputs = build(head, **{"num_labels": 5, **HEADS[head]}), inputs_of(head)
+    inputs = {name: value for name, value in inputs.items() if name == "pixel_values" or name == "input_ids"}
+    if "input_ids" in inputs:
+        inputs["input_ids"], inputs["attention_mask"] = pad(inputs["input_ids"], [13, 6], side)
+    if head is FeedbackForConditionalGeneration:
+        inputs["decoder_input_ids"] = tokens(2, 4)
+    with torch.no_grad():
+        outputs = model(**inputs, output_feedback_states=True)
+        steps = model.step_logits(outputs)
+        assert len(steps) == 3
+        for made, logits in enumerate(steps, start=1):
+            assert_close(logits, readouts(model(**inputs, num_feedback_steps=made)), 1e-5)
+        with pytest.raises(ValueError, match="call the model with output_feedback_states=True"):
+            model.step_logits(model(**inputs))
+
+
+def test_a_classifier_that_guesses_its_mask_pools_each_step_by_it():
+    model, batch = build(FeedbackForSequenceClassification, num_labels=3), tokens()
+    batch[:, -4:] = PAD
+    outputs = model(batch, output_feedback_states=True)
+    assert_close(model.step_logits(outputs)[-1], outputs.logits, 1e-6)
+    assert_close(outputs.logits, model(batch[:, :-4]).logits, 1e-5)
+
+
 @pytest.mark.parametrize("fields", [{}, {"encoder_type": "cnn", "feedback_type": "conv", "decoder_type": "mlp"}])
 def test_image_steps(fields):
     head = FeedbackForImageClassification
     model = build(head, num_labels=5, **{**HEADS[head], **fields})
     image = torch.randn(2, 1, 8, 8)
     outputs = model(image, output_feedback_states=True)
-    steps = model.step_logits(outputs)
-    assert len(steps) == 3
-    assert_close(steps[-1], outputs.logits, 1e-6)
-    assert_close(steps[0], model(image, num_feedback_steps=1).logits, 1e-5)
+    assert_close(model.step_logits(outputs)[-1], outputs.logits, 1e-6)
+    assert_close(model.step_logits(outputs)[0], model(image, num_feedback_steps=1).logits, 1e-5)
+
+
+def test_hidden_states_of_a_series():
+    """Those of the past where a forecast is made; the last one predicts its first step."""
+    head = FeedbackForTimeSeriesPrediction
+    model, past = build(head, num_channels=2, **HEADS[head]), torch.randn(2, 9, 2)
+    outputs = model(past, output_hidden_states=True)
+    assert len(outputs.hidden_states) == 2 + 3 + 1
+    assert {tuple(h.shape) for h in outputs.hidden_states} == {(2, 9, 32)}
+    mean, std = past.mean(1), past.std(1) + 1e-5
+    first = (past[:, -1] - mean) / std + model.readout(outputs.hidden_states[-1][:, -1])
+    assert_close(outputs.prediction_outputs[:, 0], first * std + mean, 1e-5)
+    assert_close(model.step_logits(outputs)[-1], model.readout(outputs.hidden_states[-1]), 1e-6)
+    trained = model.train()(past, future_values=past[:, :4], output_hidden_states=True)
+    assert {tuple(h.shape) for h in trained.hidden_states} == {(2, 12, 32)}
+
+
+def test_outputs_of_a_source(tmp_path):
+    """Named as Bart names them, in forward and in generate."""
+    head = FeedbackForConditionalGeneration
+    model, target, (source, mask) = build(head, **HEADS[head]), tokens(2, 6), pad(tokens(), [13, 7], "left")
+    outputs = model(source, attention_mask=mask, decoder_input_ids=target, output_hidden_states=True)
+    assert outputs.encoder_last_hidden_state.shape == (2, 16, 32)
+    assert [tuple(h.shape) for h in outputs.encoder_hidden_states] == [(2, 16, 32)] * 2
+    assert torch.equal(outputs.encoder_hidden_states[-1], outputs.encoder_last_hidden_state)
+    assert_close(outputs.encoder_hidden_states[0][mask.bool()], model.get_input_embeddings()(source)[mask.bool()])
+    assert len(outputs.decoder_hidden_states) == 2 + 3 + 1
+    with pytest.warns(FutureWarning, match="Read decoder_hidden_states"):  # the name in 0.1.0
+        assert outputs.hidden_states is outputs.decoder_hidden_states
+    again = model(encoder_outputs=(outputs.encoder_last_hidden_state,), attention_mask=mask, decoder_input_ids=target)
+    assert_close(again.logits, outputs.logits, 1e-6)
+    assert again.encoder_hidden_states is None
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "return_dict_in_generate": True}
+    written = model.generate(source, attention_mask=mask, output_hidden_states=True, **options)
+    for actual, expected in zip(written.encoder_hidden_states, outputs.encoder_hidden_states, strict=True):
+        assert_close(actual, expected, 1e-6)
+    rows = Dataset.from_dict({"input_ids": source.tolist(), "labels": target.tolist()})
+    predicted = Trainer(model, arguments(tmp_path)).predict(rows)
+    assert predicted.predictions.shape == (2, 6, 50)
+
+
+@pytest.mark.parametrize("head", [FeedbackForImageClassification, FeedbackForTimeSeriesPrediction])
+def test_input_embeddings_of_images_and_series(head):
+    model = build(head, **HEADS[head])
+    projection = model.get_input_embeddings()
+    assert projection is model.model.embeddings.projection
+    other = copy.deepcopy(projection)
+    torch.nn.init.zeros_(other.weight)
+    inputs = {name: value for name, value in inputs_of(head).items() if name in ("pixel_values", "past_values")}
+    before = model(**inputs)[0]
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other and (model(**inputs)[0] - before).abs().max() > 1e-3
 
 
 @each_axis

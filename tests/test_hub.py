@@ -169,7 +169,7 @@ def test_what_cannot_go_along_is_refused(tmp_path):
         hub.describe(build(), plots=["nowhere.png"])
     with pytest.raises(TypeError, match="A card has no licence; it takes name, dataset, license"):
         hub.describe(build(), licence="mit")
-    with pytest.raises(TypeError, match="This takes a feedback model, not a LlamaForCausalLM"):
+    with pytest.raises(TypeError, match="Give a feedback model, not a LlamaForCausalLM"):
         hub.describe(LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=2)))
     with pytest.raises(TypeError, match="A card has no licence"):
         hub.CardCallback(Trainer(build(), TrainingArguments(tmp_path, use_cpu=True)), dataset="me/it", licence="mit")

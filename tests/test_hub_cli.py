@@ -12,7 +12,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from feedback_transformers import cli
-from feedback_transformers.hub import measured, split_of
+from feedback_transformers.card import split_of
+from feedback_transformers.hub import measured
 from feedback_transformers.models.configuration_feedback import AUTO_MAP
 
 RESULTS = {"eval_loss": 1.5, "eval_runtime": 3.0, "epoch": 1.0, "train_loss": 2.0, "perplexity": 4.5}
@@ -78,7 +79,7 @@ def test_a_card_keeps_what_its_author_said(run, tmp_path):
     assert "nan" not in readme.read_text().split("---")[1] and "1.25" in readme.read_text().split("---")[1]
     cli.main([*said, "--license", "mit"])
     assert "license: mit" in readme.read_text()
-    with pytest.raises(SystemExit, match="states results, and none are here: give --results"):
+    with pytest.raises(SystemExit, match="states results, which this would remove: give --results"):
         cli.main(["card", str(folder)])
 
 
@@ -89,7 +90,7 @@ def test_what_cannot_be_done_ends_with_a_sentence(run, tmp_path):
     for file, text in zip(files, ("[1]", '{"loss": "x"}', "no"), strict=True):
         file.write_text(text)
     for arguments, sentence in {
-        ("card", str(run)): "Say with --dataset",
+        ("card", str(run)): "name with --dataset what they were measured on",
         ("card", str(tmp_path / "nowhere")): "There is no folder",
         ("export", str(run), str(tmp_path / "out"), "--results", "none.json"): "There is no file none.json",
         ("info", str(tmp_path / "llama")): "not a feedback model",

@@ -402,6 +402,7 @@ def assert_results(files: Files, results: dict[str, float], dataset: str) -> Non
         for metric in result["metrics"]
         if result["dataset"]["type"] == dataset
     }
+    results = {metric: float(f"{value:.4g}") for metric, value in results.items()}
     assert measured == results
     entries = yaml.safe_load(files[f".eval_results/{dataset.replace('/', '_')}.yaml"].content)
     assert {entry["dataset"]["task_id"]: entry["value"] for entry in entries} == results

@@ -275,7 +275,7 @@ def test_cache_reset_is_a_new_cache():
 
 
 def test_cache_cannot_be_cropped():
-    with pytest.raises(ValueError, match="without assisted decoding"):
+    with pytest.raises(ValueError, match="keep no history: leave past_key_values out"):
         FeedbackCache().crop(-1)
 
 

@@ -1,6 +1,10 @@
 """Data of one's own in the examples: classes of several files, columns, sorted rows, and what an interrupt leaves."""
 
 import csv
+import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +13,8 @@ from conftest import build, tokens
 from datasets import ClassLabel, Dataset, DatasetDict
 from PIL import Image
 from test_examples import examples_on_path, run  # noqa: F401 - a fixture
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import PaddingStrategy
 
 from feedback_transformers import data
 from feedback_transformers.training import Distill, SampleFeedbackSteps, StopOnNonFinite, scripts, train_safely
@@ -97,6 +102,7 @@ def test_a_classifier_of_texts_is_asked_in_its_own_classes(tmp_path):
         return tmp_path / name
 
     flags = ["--max_steps", 30, "--learning_rate", 3e-3, "--max_train_samples", 100]
+    flags += ["--load_best_model_at_end", "false"]  # two rows are right from the first epoch on
     first = ["--train_file", file("a.csv", ["dog", "cat", "owl"]), *flags, "--output_dir", tmp_path / "out"]
     assert run("run_classification", *first)["eval_accuracy"] == 1
     asked = ["--model_name_or_path", tmp_path / "out", "--do_train", "false", "--output_dir", tmp_path / "again"]
@@ -141,3 +147,51 @@ def test_an_interrupt_leaves_nothing_in_the_model(tmp_path):
     trainer.remove_callback(Interrupt)
     train_safely(trainer)
     assert not model._forward_hooks and torch.isfinite(model(tokens()).logits).all()
+
+
+# Folders and patterns of texts
+
+
+def test_a_folder_or_a_pattern_of_texts(tmp_path):
+    for name, text in {"b/two.txt": "two\nlines\n", "a.txt": "one\n", "empty.txt": "", "c.md": "not this"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for given in (tmp_path, tmp_path / "**" / "*.txt"):
+        dataset = scripts.DataArguments(train_file=str(given), validation_split_percentage=40).load(shuffle=False)
+        assert [*dataset["train"]["text"], *dataset["validation"]["text"]] == ["one\n", "two\n", "lines\n"]
+    with pytest.raises(FileNotFoundError, match=r"\*.json matches no file"):
+        scripts.DataArguments(train_file=str(tmp_path / "*.json")).load()
+    (tmp_path / "d.csv").write_text("text\none\n")
+    with pytest.raises(ValueError, match=r"holds files of several kinds \(csv, txt\): give a pattern of one"):
+        scripts.DataArguments(train_file=str(tmp_path)).load()
+
+
+def test_a_language_model_of_a_folder_of_texts(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(5):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"a small text, number {i}\n" * 20)
+    assert run("run_clm", "--train_file", tmp_path / "texts", "--output_dir", tmp_path / "out")["perplexity"] > 1
+
+
+@pytest.mark.parametrize("script", ["run_clm", "run_clm_no_trainer", "run_seq2seq"])
+def test_the_saved_tokenizer_knows_how_much_the_model_takes(script, tmp_path):
+    run(script, "--output_dir", tmp_path)
+    tokenizer, config = AutoTokenizer.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert tokenizer.model_max_length == config.max_position_embeddings
+    assert len(tokenizer("a " * 5000, truncation=True)["input_ids"]) == config.max_position_embeddings
+
+
+def test_no_line_of_other_packages_before_a_command():
+    command = [sys.executable, Path(__file__).parent.parent / "examples" / "finetune_lora.py", "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0 and finished.stderr == ""
+
+
+def test_other_lines_of_these_loggers_stay(caplog):
+    logging.getLogger("torchao").warning("Failed to load /x/_C.so: no")
+    logging.getLogger("torchao").warning("this kernel is slow")
+    logging.getLogger("torch.utils._pytree").warning("%s is an Enum subclass and so on", PaddingStrategy)
+    assert [record.getMessage()[:20] for record in caplog.records if "_C.so" not in record.getMessage()] == [
+        "this kernel is slow",
+        str(PaddingStrategy)[:20],
+    ]

@@ -10,12 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from feedback_transformers import (
-    LORA_TARGETS,
     FeedbackForCausalLM,
     FeedbackForQuestionAnswering,
     FeedbackForSequenceClassification,
     FeedbackForTokenClassification,
 )
+from feedback_transformers.adapters import LORA_TARGETS
 from feedback_transformers.models.feedback_cells import CELLS
 
 
@@ -230,3 +230,38 @@ def test_a_halting_that_is_new_is_the_same_each_time(halting, tmp_path):
 
 def test_combinations_are_all_there():
     assert len(COMBINATIONS) == 189
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"feedback_axis": "time", "feedback_type": "lstm"},
+        {"feedback_axis": "time", "solver": "jacobi"},
+        {"feedback_type": "transformer"},
+    ],
+    ids=["time", "jacobi", "depth"],
+)
+@pytest.mark.parametrize("targets", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [*range(50)]}])
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+def test_each_row_feeds_back_with_its_own_adapter(fields, targets):
+    """The table that a prediction is fed back through is that of the row's adapter."""
+    model = build(feedback_signal="output", tie_word_embeddings=False, **fields)
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ["lm_head"], **targets})
+    adapted = get_peft_model(model, config, adapter_name="first")
+    adapted.add_adapter("second", config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name or "trainable_tokens_delta" in name:
+            nn.init.normal_(parameter, std=0.3)
+    adapted.eval()
+    batch, names = tokens(4, 7), ["first", "__base__", "second", "first"]
+    with torch.no_grad():
+        mixed = adapted(input_ids=batch, adapter_names=names).logits
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with adapted.disable_adapter():
+                    alone = adapted(input_ids=batch[row : row + 1]).logits
+            else:
+                adapted.set_adapter(name)
+                alone = adapted(input_ids=batch[row : row + 1]).logits
+            assert_close(mixed[row], alone[0])
+    assert (mixed[0] - adapted(input_ids=batch[:1], adapter_names=["second"]).logits[0]).abs().max() > 1e-2

@@ -171,8 +171,12 @@ def test_deferred_weight_gradients(cell, signal, peft):
         model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules="all-linear")).train()
     products = []
     with pytest.MonkeyPatch.context() as patch:
-        settle = Ledger.settle
-        patch.setattr(Ledger, "settle", lambda ledger: (products.append(len(ledger.inputs)), settle(ledger))[1])
+        sum_gradients = Ledger.sum_gradients
+        patch.setattr(
+            Ledger,
+            "sum_gradients",
+            lambda ledger: (products.append(len(ledger.inputs)), sum_gradients(ledger))[1],
+        )
         if peft:
             model(batch, labels=batch).loss.backward()
             actual = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}

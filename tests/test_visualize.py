@@ -1,12 +1,31 @@
 """Pictures: what is drawn, and that the files are pictures."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from conftest import TEXT as READABLE
+from conftest import assert_close, build, make_tokenizer
 from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from test_heads import HEADS
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, data, visualize
+from feedback_transformers import (
+    FeedbackConfig,
+    FeedbackForCausalLM,
+    FeedbackForConditionalGeneration,
+    FeedbackForImageClassification,
+    FeedbackForMaskedLM,
+    FeedbackForQuestionAnswering,
+    FeedbackForSequenceClassification,
+    FeedbackForTimeSeriesPrediction,
+    FeedbackForTokenClassification,
+    FeedbackModel,
+    data,
+    visualize,
+)
 
 TEXT = "to be, or not to be\n"
 HISTORY = [
@@ -82,12 +101,84 @@ def test_predictions_over_steps(tmp_path):
     assert model.training, "the mode of the model is left as it was"
     axes = figure.axes[0]
     probabilities, choices, _ = visualize.step_predictions(model, tokenizer, TEXT)
-    torch.testing.assert_close(torch.tensor(axes.images[0].get_array().tolist()), probabilities[:, -8:])
+    assert_close(torch.tensor(axes.collections[0].get_array().tolist()), probabilities[:, -8:], 1e-5)
     assert len(axes.texts) == 3 * 8
     assert "".join(label.get_text() for label in axes.get_xticklabels()) == "ot␣to␣be↵"[-8:]
     first = tokenizer.decode([choices[0, -8].item()])
     assert axes.texts[0].get_text() == {" ": "␣", "\n": "↵"}.get(first, first)
     assert (tmp_path / "steps.png").stat().st_size > 1000
+
+
+def test_a_hundred_subwords_stay_legible(tmp_path):
+    """Lines are broken, no box is narrower than its letters, and every token is drawn once."""
+    tokenizer = data.subwords([READABLE], 300)
+    text = READABLE[:420]
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > 100
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": len(tokenizer), "num_feedback_steps": 3}
+    model = FeedbackForCausalLM(FeedbackConfig(**sizes))
+    figure = visualize.predictions_over_steps(model, tokenizer, text, path=tmp_path / "steps.png")
+    *lines, _ = figure.axes
+    assert len(lines) > 2
+    words = [label.get_text() for axes in lines for label in axes.get_xticklabels()]
+    assert len(words) == len(ids) - 1 and "".join(words[:20]).replace("␣", " ").replace("↵", "\n") in text
+    figure.canvas.draw()
+    for axes in lines:
+        assert axes.get_window_extent().width < 1400
+        boxes = [text.get_window_extent() for text in axes.texts[: len(axes.get_xticklabels())]]
+        assert all(left.x1 <= right.x0 + 1 for left, right in pairwise(boxes)), "letters overlap"
+
+
+EXAMPLES = {
+    FeedbackForCausalLM: ("text", 3),
+    FeedbackForMaskedLM: ("text", 3),
+    FeedbackForTokenClassification: ("text", 3),
+    FeedbackForConditionalGeneration: (("the source", "a target"), 3),
+    FeedbackForQuestionAnswering: (("who?", "he said"), 6),
+    FeedbackForSequenceClassification: ("text", 3),
+    FeedbackForImageClassification: (None, 3),
+    FeedbackForTimeSeriesPrediction: (torch.arange(12.0).sin(), 4),
+}
+
+
+@pytest.mark.parametrize("head", EXAMPLES, ids=lambda head: head.__name__)
+def test_every_head_is_drawn(head, tmp_path):
+    """Each row is what the model predicts when it makes so many steps."""
+    model, (example, rows) = build(head, **HEADS[head]), EXAMPLES[head]
+    size, channels = model.config.image_size, model.config.num_channels
+    processor = make_tokenizer()
+    if head is FeedbackForImageClassification:
+        like = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
+        processor = ViTImageProcessorPil(size={"height": size, "width": size}, **like)
+        example = torch.rand(channels, size, size)
+    if head is FeedbackForTimeSeriesPrediction and channels > 1:
+        example = example[:, None].expand(-1, channels)
+    figure = visualize.predictions_over_steps(model, processor, example, path=tmp_path / "it.png")
+    assert (tmp_path / "it.png").stat().st_size > 1000
+    if head is FeedbackForTimeSeriesPrediction:
+        drawn = [line.get_ydata() for line in figure.axes[0].lines[1:]]
+        assert len(figure.axes[0].lines) == rows
+        for step, line in enumerate(drawn, start=1):
+            made = model(past_values=example[None], num_feedback_steps=step).prediction_outputs[0]
+            assert_close(torch.as_tensor(line), made if made.ndim == 1 else made[:, 0], 1e-5)
+    else:
+        *boxes, _ = figure.axes
+        assert sum(len(axes.get_yticks()) for axes in boxes) == rows
+        logits, _ = visualize.step_logits(model, processor, example)
+        for step in (1, 2, 3):
+            alone, _ = visualize.run_steps(model, processor, example, step)
+            assert_close(logits[step - 1], model.step_logits(alone)[-1].view_as(logits[step - 1]))
+    figure = visualize.states_over_steps(model, processor, example, path=tmp_path / "states.png")
+    assert figure.axes[0].images[0].get_array().shape[0] == 2
+
+
+def test_states_over_steps_are_the_changes_of_the_output():
+    model, tokenizer = language_model(num_feedback_steps=3)
+    figure = visualize.states_over_steps(model, tokenizer, TEXT)
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    before, now = (model.model(ids, num_feedback_steps=step).last_hidden_state[0] for step in (1, 2))
+    expected = (now - before).norm(dim=-1) / now.norm(dim=-1)
+    assert_close(torch.tensor(figure.axes[0].images[0].get_array()[0].tolist()), expected.detach(), 1e-4)
 
 
 def test_a_model_of_one_step_is_refused():
@@ -110,8 +201,10 @@ def test_a_model_under_an_adapter_is_shown():
 
 def test_what_can_not_be_shown_is_refused():
     _, tokenizer = language_model()
-    with pytest.raises(ValueError, match="Give a FeedbackForCausalLM, not this Linear"):
+    with pytest.raises(ValueError, match="Give a feedback model, such as a FeedbackForCausalLM, not this Linear"):
         visualize.predictions_over_steps(torch.nn.Linear(2, 2), tokenizer, TEXT)
+    with pytest.raises(ValueError, match="a FeedbackModel has none: load a FeedbackFor"):
+        visualize.states_over_steps(build(FeedbackModel), make_tokenizer(), "text")
     for nothing in ({}, {"a": []}):
         with pytest.raises(ValueError, match="There is no accuracy to show"):
             visualize.accuracy_per_step(nothing)

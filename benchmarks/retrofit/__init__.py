@@ -1,1 +1,1 @@
-"""Retrofitted pretrained models, on tasks whose number of steps is a dial."""
+"""Retrofit pretrained models, and test them on tasks whose number of steps can be set."""

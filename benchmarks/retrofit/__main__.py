@@ -1,10 +1,10 @@
-"""Retrofitted models against plain LoRA with as many trained parameters and as much time.
+"""Compare retrofitted models with plain LoRA that has as many trained parameters and as much time.
 
     python -m benchmarks.retrofit               # every missing run, then the tables
     python -m benchmarks.retrofit --report
     python -m benchmarks.retrofit --experiments cups --models time --seeds 0
 
-Each finished run is a line of results/retrofit.jsonl, and one that is there is not made again.
+Each finished run is a line of results/retrofit.jsonl. A run that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from . import adaptation, costs, reasoning
 from .families import FAMILIES
 
 FILE = RESULTS / "retrofit.jsonl"
-Lines = dict[str, list[dict[str, Any]]]  # the finished runs of an experiment, by model
+Lines = dict[str, list[dict[str, Any]]]  # returns the finished runs of an experiment, by model
 
 
 class Experiment(NamedTuple):
     models: tuple[str, ...]
-    run: Callable[[str, int], dict[str, Any]]  # of a model and a seed
+    run: Callable[[str, int], dict[str, Any]]  # makes the run of a model and a seed
     report: Callable[[Lines], None]  # prints a table
 
 
@@ -43,7 +43,7 @@ EXPERIMENTS = {
 
 
 def finished() -> dict[str, Lines]:
-    """Of reasoning, the runs by the recipe of now."""
+    """Return the finished runs of an experiment; of reasoning, those with the present recipe only."""
     found: dict[str, Lines] = {name: {} for name in EXPERIMENTS}
     for line in map(json.loads, FILE.read_text(encoding="utf-8").splitlines() if FILE.exists() else []):
         name, model = line["experiment"], line["model"]
@@ -53,7 +53,7 @@ def finished() -> dict[str, Lines]:
 
 
 def report() -> bool:
-    """Prints the tables, and what was to be reached; True where all of it was."""
+    """Print the tables and the targets; return whether all targets were reached."""
     runs = finished()
     for name, experiment in EXPERIMENTS.items():
         if runs[name]:

@@ -1,4 +1,4 @@
-"""Adapting a pretrained model to a text (SmolLM2 to Python's manual) and to a task (MiniLM to movie sentiment)."""
+"""Adapt a pretrained model to a text (SmolLM2 to Python's manual) and to a task (MiniLM to movie sentiment)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ PROBE = 0.798  # of logistic regression on the frozen model's mean states
 
 
 def domain(name: str, seed: int, seconds: float = 300.0) -> dict[str, Any]:
-    """Perplexity of held-out pages of Python's manual, and of Shakespeare, before and after training on the former."""
+    """Return the perplexity of held-out pages of Python's manual and of Shakespeare, before and after training on the
+    manual."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     original, tokenizer = smollm2()
@@ -63,7 +64,7 @@ def text_loss(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def sentiment(name: str, seed: int, seconds: float = 120.0) -> dict[str, Any]:
-    """Test accuracy of MiniLM with a classifier on its pooled first state, trained on all of the train split."""
+    """Return the test accuracy of MiniLM with a classifier on its pooled first state, trained on all of train."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     original, tokenizer = minilm_classifier()

@@ -1,4 +1,4 @@
-"""What a retrofit costs before it is trained: parameters, memory, and the time of one pass, against the original."""
+"""Measure what a retrofit costs before it is trained: parameters, memory, and the time of one pass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ PROMPT, WRITTEN = 128, 32  # tokens
 
 
 def costs(name: str, seed: int) -> dict[str, Any]:
-    """Of an axis `name`: shares added to the original's parameters and memory, times of one pass over its own."""
+    """Return what the axis `name` adds to the original's parameters and memory, as shares, and the times of one pass
+    relative to the original's."""
     torch.set_num_threads(1)
     original, tokenizer = smollm2()
     ids = torch.randint(len(tokenizer), (1, PROMPT), generator=torch.Generator().manual_seed(seed))

@@ -1,17 +1,17 @@
-"""Families of reasoning tasks whose number of steps is a dial, as a text that one more token answers.
+"""Make families of reasoning tasks whose number of steps can be set, as texts that one more token answers.
 
     chains  3 steps   Let q = t. X = 2. ... c = 8. t = c. q =                     -> 8
     cups    2 steps   ball 3. swap 2 4. swap 3 1. ball                          -> 1
     sums    2 steps   mod 10: 3 + 8 + 5 =                                       -> 6
     swaps   2 steps   In line: Tom, Ann, Sam, Bob, Eve. swap Ann and Bob. swap Eve and Ann. The second is -> Bob
 
-Written for the tokenizer of SmolLM2, to which a digit is a token and the space before it another, but " Bob" is one:
-so a prompt whose answer is a digit ends with the space. All prompts of a family and a number of steps have the same
-number of tokens.
+The texts fit the tokenizer of SmolLM2. It makes two tokens of a space and a digit, but one of " Bob", so a prompt
+whose answer is a digit ends with the space. All prompts of a family and a number of steps have the same number of
+tokens.
 
-Training and test never share a prompt: a hash of its text gives each to one of the two, every fifth to the test. The
-seeds below TEST_SEED draw from the prompts for training, the others from those for the test. Prompts may repeat, and
-do where there are few: of cups and sums with one step there are only 100, so the answers of their test are uneven.
+Training and test never share a prompt: a hash of its text sends every fifth prompt to the test. Seeds below TEST_SEED
+draw from the prompts for training, the others from those for the test. Prompts may repeat, and do where there are few:
+cups and sums with one step have only 100, so the answers in their test are uneven.
 
 Shapes: N examples, T positions.
 """
@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.tasks.runner import IGNORED, TEST_SEED
 
 CHAINS = 3
-NAMES = string.ascii_letters + "&@"  # of variables, enough for 3 chains of 18, a token each
+NAMES = string.ascii_letters + "&@"  # names of variables: 3 chains of 18 need 54, one token each
 CUPS = "12345"
 PEOPLE = ("Ann", "Bob", "Eve", "Sam", "Tom")
 PLACES = ("first", "second", "third", "fourth", "fifth")
@@ -43,20 +43,20 @@ PLACES = ("first", "second", "third", "fourth", "fifth")
 class Example(NamedTuple):
     prompt: str
     answer: str  # one token, right behind the prompt
-    states: tuple[tuple[int, str], ...] = ()  # what holds behind so many characters, for training: one token each
+    states: tuple[tuple[int, str], ...] = ()  # training only: what holds behind so many characters, one token each
 
 
 @dataclass(frozen=True)
 class Family:
-    make: Callable[[random.Random, int], Example]  # with that many steps
-    # Of a guess among the possible answers. To leave cups or people where they began is right more often, in
-    # 1/5 + 4/5 / 2**steps of the cases.
+    make: Callable[[random.Random, int], Example]  # makes an example with that many steps
+    # The accuracy of a guess among the possible answers. To leave cups or people where they began is right more often,
+    # in 1/5 + 4/5 / 2**steps of the cases.
     chance: float
-    chunk: int = 6  # tokens of about a step
-    local: bool = False  # where the state behind a step follows from the state before it and the step's own text
+    chunk: int = 6  # tokens of about one step
+    local: bool = False  # whether the state behind a step follows from the state before it and the step's own text
 
     def examples(self, steps: int, number: int, seed: int) -> list[Example]:
-        """That many examples, the same at every call; for the test where the seed is TEST_SEED or more."""
+        """Return `count` examples, the same at every call; from the test where the seed is TEST_SEED or more."""
         if steps < 1:
             raise ValueError(f"steps is {steps}, but must be at least 1.")
         generator = random.Random(f"{steps} {seed}")
@@ -73,7 +73,7 @@ def for_test(prompt: str) -> bool:
 
 
 def chains(generator: random.Random, steps: int) -> Example:
-    """The value of the last variable of one of 3 chains, each of `steps` assignments, in any order."""
+    """Ask for the value of the last variable of one of 3 chains, each of `steps` assignments, in any order."""
     letters, most = NAMES, len(NAMES) // CHAINS
     if steps > most:
         raise ValueError(f"steps is {steps}, but there are names for {CHAINS} chains of at most {most}.")
@@ -87,7 +87,7 @@ def chains(generator: random.Random, steps: int) -> Example:
 
 
 def cups(generator: random.Random, steps: int) -> Example:
-    """The cup, one of 5, with the ball after `steps` swaps of two cups."""
+    """Ask for the cup, one of 5, that holds the ball after `steps` swaps of two cups."""
     start, pairs = generator.choice(CUPS), [generator.sample(CUPS, 2) for _ in range(steps)]
     text = f"ball {start}."
     states = [(len(text), start)]
@@ -98,7 +98,7 @@ def cups(generator: random.Random, steps: int) -> Example:
 
 
 def sums(generator: random.Random, steps: int) -> Example:
-    """The sum modulo 10 of `steps` + 1 digits."""
+    """Ask for the sum modulo 10 of `steps` + 1 digits."""
     digits = [generator.randrange(10) for _ in range(steps + 1)]
     text = f"mod 10: {digits[0]}"
     states = [(len(text), str(digits[0]))]
@@ -109,9 +109,9 @@ def sums(generator: random.Random, steps: int) -> Example:
 
 
 def swaps(generator: random.Random, steps: int) -> Example:
-    """Who, of 5 people in a line, stands at a place after `steps` swaps of two people.
+    """Ask who, of 5 people in a line, stands at a place after `steps` swaps of two people.
 
-    The place is asked at the end: up to there, all places have to be followed.
+    The place is named at the end, so that all places have to be followed up to there.
     """
     line, place = generator.sample(PEOPLE, len(PEOPLE)), generator.randrange(len(PLACES))
     pairs = [generator.sample(PEOPLE, 2) for _ in range(steps)]
@@ -120,7 +120,7 @@ def swaps(generator: random.Random, steps: int) -> Example:
 
 
 def follow(at: str, pairs: list[list[str]]) -> str:
-    """The cup that holds the ball, or the person who stands at a place, after the swaps."""
+    """Return the cup that holds the ball, or the person who stands at a place, after the swaps."""
     for one, other in pairs:
         at = {one: other, other: one}.get(at, at)
     return at
@@ -137,10 +137,10 @@ FAMILIES = {
 def encode(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, with_states: bool = False
 ) -> dict[str, Tensor]:
-    """Prompts and answers, padded on the right: `input_ids`, `attention_mask` and `labels`, all [N, T].
+    """Encode prompts and answers, padded on the right: `input_ids`, `attention_mask` and `labels`, all [N, T].
 
-    The label of an answer is at its own position, as models with a causal loss expect it; the others are IGNORED, or
-    with states, from the first on, what holds behind the token before.
+    The label of an answer is at its own position, as models with a causal loss expect it. The other labels are
+    IGNORED. With states, they are from the first state on what holds behind the token before.
     """
     prompts = tokenizer([example.prompt for example in examples], add_special_tokens=False)["input_ids"]
     wholes = tokenizer([e.prompt + e.answer for e in examples], add_special_tokens=False)["input_ids"]
@@ -156,7 +156,7 @@ def encode(
         for length, state in states:
             before = tokenizer(prompt[:length], add_special_tokens=False)["input_ids"]
             [label] = tokenizer(state, add_special_tokens=False)["input_ids"]
-            labels[row, len(before) : int(answers[row])] = label  # until the next one
+            labels[row, len(before) : int(answers[row])] = label  # up to the next one
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
@@ -168,9 +168,9 @@ def accuracy(
     batch: int,
     **arguments: Any,
 ) -> float:
-    """The share of examples where the answer is the likeliest token of all behind the prompt.
+    """Return the share of examples where the answer is the likeliest token of all behind the prompt.
 
-    `arguments` go to the model, `batch` examples at a time, which does not see the answers.
+    `arguments` go to the model, `batch` examples at a time. The model does not see the answers.
     """
     right = 0
     for start in range(0, len(examples), batch):
@@ -181,7 +181,7 @@ def accuracy(
             "input_ids": input_ids.masked_fill(answers, tokenizer.pad_token_id)[:, :-1],
             "attention_mask": attention_mask.masked_fill(answers, 0)[:, :-1],
         }
-        # Only the logits of these positions, which most examples share: those of all would be 49,152 a token.
+        # Only the logits of these positions, which most examples share: all would be 49,152 for each token.
         last, column = (answers.long().argmax(1) - 1).unique(return_inverse=True)
         logits = model(**seen, use_cache=False, logits_to_keep=last, **arguments).logits
         guesses = logits[torch.arange(len(column)), column].argmax(-1)

@@ -1,15 +1,17 @@
-"""Multi-step reasoning: a retrofitted SmolLM2 against plain LoRA with as many trained parameters and as much time.
+"""Test reasoning in several steps: a retrofitted SmolLM2 against plain LoRA with equal trained parameters and time.
 
-Trained on 1 to 6 steps of a family (families.py), tested on twice and three times as many, with 1 to 8 passes. All
-models see the same examples in the same order, with the states on the way as labels where a family has them.
+The models are trained on 1 to 6 steps of a family (families.py) and tested on twice and three times as many, with 1 to
+8 passes. All models see the same examples in the same order, with the states on the way as labels where a family has
+them.
 
-With attention to all of a prompt, feedback along time is hardly used: looking back is learned first, and fails beyond
-the trained lengths. So where the state is local, `time` learns with a sliding window of two steps behind the encoder,
-on the tasks alone; `control`, the same model that is given no feedback, tells what the window does by itself.
+With attention to the whole prompt, feedback along time is hardly used: the model first learns to look back, which
+fails beyond the trained lengths. So where the state is local, `time` learns with a sliding window of two steps behind
+the encoder, on the tasks alone. `control` is the same model without feedback, and tells what the window does by
+itself.
 
-Every fourth step of all models reads ordinary text instead, and keeps to what the original says of it (the
-Kullback-Leibler divergence from it), in whichever way the model may be run, so that nothing is lost: the perplexities
-at the end, of other plays of Shakespeare and other pages of Python's manual than those.
+Every fourth step of all models reads ordinary text instead. There the model is held to what the original says of the
+text, by the Kullback-Leibler divergence, in each way in which it may be run, so that nothing is forgotten. The
+perplexities at the end are of other plays of Shakespeare and other pages of Python's manual.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ from .pretrained import smollm2
 from .training import adapted, draws, to_bfloat16, train, trained_parameters
 
 TRAINED, TESTED = (1, 6), (6, 12, 18)  # steps of reasoning
-BATCH, ORDINARY = 16, 4  # examples a step; every so many steps, one of ordinary text
-KEEPING = 10.0  # weight of its loss, whose gradients are small beside those of the tasks, and Adam's scale is theirs
-KEEPS = "cups"  # after this family, ordinary texts are tested
-LENGTH, CHARACTERS = 128, 100_000  # of ordinary text: tokens a row, characters of the test
+BATCH, ORDINARY = 16, 4  # examples in a step; one step in so many reads ordinary text
+KEEPING = 10.0  # the weight of its loss: its gradients are small beside those of the tasks, which set Adam's scale
+KEEPS = "cups"  # after this family, models are tested on ordinary texts
+LENGTH, CHARACTERS = 128, 100_000  # of ordinary text: tokens in a row, characters of the test
 TEXTS = {"python-docs": "train", "shakespeare": "test"}  # the splits whose first characters are the test
 ORDINARY_TEXTS = {
     "aws-docs": slice(CHARACTERS),
@@ -47,9 +49,9 @@ ORDINARY_TEXTS = {
 TRAINING = 600.0  # seconds of one thread
 LONGER = {"cups": 1200.0}  # where some model had not learned the trained lengths by then
 SPLIT = {"encoder_layers": 8, "decoder_layers": 2}
-MODELS: dict[str, tuple[int, dict[str, Any] | None]] = {  # rank of the adapters, what is retrofitted
+MODELS: dict[str, tuple[int, dict[str, Any] | None]] = {  # rank of the adapters, and what is retrofitted
     "plain": (16, None),
-    # In chunks of tokens, about a step of reasoning each: exact, in one pass, so about as fast as without feedback.
+    # In chunks of tokens, about one step of reasoning each. One pass is exact, and nearly as fast as no feedback.
     "time": (17, {**SPLIT, "axis": "time", "solver": "sequential", "feedback_interval": 6}),
     "control": (17, {**SPLIT, "axis": "depth", "feedback_signal": "none"}),
     "depth": (31, {"encoder_layers": 18, "decoder_layers": 6, "axis": "depth"}),
@@ -57,12 +59,12 @@ MODELS: dict[str, tuple[int, dict[str, Any] | None]] = {  # rank of the adapters
 WINDOWED = ("time", "control")
 AS_TRAINED = {"plain": "1", "time": "in order", "control": "1", "depth": "4"}
 EVERYTHING = "all seen"  # as trained, with attention to the whole prompt
-PROMPTS = 192  # of each length, for a model as it was trained; a third of them for others
-DRAWN = (1, 4)  # passes in training, in depth
+PROMPTS = 192  # of each length, for a model as it was trained; a third as many for others
+DRAWN = (1, 4)  # drawn in training, in depth
 
 
 def run(family: str, name: str, seed: int) -> dict[str, Any]:
-    """One line of the results."""
+    """Make one run; return its line of the results."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     original, tokenizer = smollm2()
@@ -105,7 +107,7 @@ def run(family: str, name: str, seed: int) -> dict[str, Any]:
 
 
 def recipe(family: str, name: str) -> dict[str, Any]:
-    """What a run depends on beside the code and the seed; runs of another are none of these."""
+    """Return what a run depends on beside the code and the seed; runs with another recipe do not count."""
     chunk = FAMILIES[family].chunk if name == "time" else None
     fields = {"rank": MODELS[name][0], "retrofit": MODELS[name][1], "chunk": chunk, "window": window_of(family, name)}
     return {
@@ -118,23 +120,23 @@ def recipe(family: str, name: str) -> dict[str, Any]:
 
 
 def models(family: str) -> tuple[str, ...]:
-    """Those that learn it: the control says something only where it has a window, as it is plain LoRA else."""
+    """Return the models that learn the family: the control only with a window, as it is plain LoRA otherwise."""
     return tuple(name for name in MODELS if name != "control" or window_of(family, name))
 
 
 def modes(name: str) -> list[str]:
-    """How a model is run in the test: with so many passes, or as it was trained."""
+    """Return how a model is run in the test: with so many passes, or as it was trained."""
     in_passes = ["1", "2", "4", "8"]
     return {"plain": ["1"], "time": [*in_passes, "in order"], "control": ["1"], "depth": in_passes}[name]
 
 
 def window_of(family: str, name: str) -> int | None:
-    """Tokens that attention sees where the family is learned; None: all."""
+    """Return how many tokens attention sees where the family is learned; None for all."""
     return 2 * FAMILIES[family].chunk if name in WINDOWED and FAMILIES[family].local else None
 
 
 def look_back(model: Any, window: int | None) -> None:
-    """Lets each layer behind the encoder see the last `window` tokens; None: all."""
+    """Let each layer behind the encoder see the last `window` tokens; None for all."""
     backbone = getattr(model.config, "backbone_config", None)
     if backbone is not None:
         first = model.config.num_encoder_layers
@@ -144,7 +146,7 @@ def look_back(model: Any, window: int | None) -> None:
 
 
 def passes(model: Any, mode: str) -> dict[str, Any]:
-    """The arguments of a call; along time, passes are those of Jacobi's iteration."""
+    """Return the arguments of a call; along time, passes are those of Jacobi's iteration."""
     config = model.config
     if getattr(config, "feedback_axis", None) == "time":
         config.solver = "jacobi" if mode.isdigit() else "sequential"
@@ -156,7 +158,7 @@ def passes(model: Any, mode: str) -> dict[str, Any]:
 def examples(
     family: str, name: str, model: Any, seed: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[dict[str, Any]]:
-    """Batches of a family, and in their turn of ordinary text, with the number of passes."""
+    """Yield batches of a family, and in their turn of ordinary text, with the number of passes."""
     ordinary = torch.cat([tokens(text, "train", tokenizer, part) for text, part in ORDINARY_TEXTS.items()])
     learned, kept = ("in order", ["1", "4", "in order"]) if name == "time" else (None, None)
     for step, drawn in enumerate(draws(seed)):
@@ -173,7 +175,7 @@ def examples(
 
 
 def loss_of(model: Any, original: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """Cross-entropy of what is labelled; of text that isn't, the divergence from the original."""
+    """Return the cross-entropy of what has labels; of ordinary text, the divergence from the original."""
     body, head = model.get_base_model().model, model.get_base_model().lm_head
     labels = batch.pop("labels", None)
     y = body(**batch, use_cache=False).last_hidden_state
@@ -184,12 +186,12 @@ def loss_of(model: Any, original: PreTrainedModel, batch: dict[str, Any]) -> Ten
         divergence = F.kl_div(said.flatten(0, 1), expected.flatten(0, 1), log_target=True, reduction="batchmean")
         return KEEPING * divergence
     labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    wanted = labels != IGNORED  # logits of these alone: 49,152 a position
+    wanted = labels != IGNORED  # only these logits: 49,152 for each position
     return F.cross_entropy(head(y[wanted]).float(), labels[wanted])
 
 
 def tokens(text: str, split: str, tokenizer: PreTrainedTokenizerBase, characters: slice = slice(CHARACTERS)) -> Tensor:
-    """[N] of these characters of a text's split."""
+    """Return the tokens [N] of these characters of a text's split."""
     rows = data.load(text)[split]
     whole = "\n".join(rows["text" if "text" in rows.column_names else "source"])[characters]
     return torch.tensor(tokenizer(whole, add_special_tokens=False)["input_ids"])
@@ -201,7 +203,7 @@ def perplexities(model: Any, tokenizer: PreTrainedTokenizerBase, **arguments: An
 
 @torch.no_grad()
 def perplexity(model: nn.Module, ids: Tensor, **arguments: Any) -> float:
-    """Of a text's tokens [N], in rows of 512."""
+    """Return the perplexity of a text's tokens [N], in rows of 512."""
     rows, total = ids[: len(ids) // 512 * 512].view(-1, 512), 0.0
     for row in rows.split(4):
         logits = model(input_ids=row[:, :-1], use_cache=False, **arguments).logits
@@ -211,7 +213,7 @@ def perplexity(model: nn.Module, ids: Tensor, **arguments: Any) -> float:
 
 @torch.no_grad()
 def cached_perplexity(model: Any, ids: Tensor, slots: str, part: int = 8) -> float:
-    """Of 4 rows of 512 tokens read 8 at a time, with a slot of the cache for every pass or one shared by all."""
+    """Return the perplexity of 4 rows of 512 tokens read 8 at a time, with a cache slot per pass or one for all."""
     model.config.shared_step_cache = slots == "shared"
     rows = ids[: 4 * 512].view(4, 512)
     cache, logits = None, []
@@ -224,7 +226,7 @@ def cached_perplexity(model: Any, ids: Tensor, slots: str, part: int = 8) -> flo
 
 
 def untrained(name: str, seed: int) -> dict[str, Any]:
-    """The perplexities of the original."""
+    """Return the perplexities of the original."""
     torch.set_num_threads(1)
     model, tokenizer = smollm2()
     with torch.autocast("cpu", torch.bfloat16):
@@ -232,7 +234,7 @@ def untrained(name: str, seed: int) -> dict[str, Any]:
 
 
 def report(family: str, lines: dict[str, list[dict[str, Any]]]) -> None:
-    """Accuracies by number of steps of reasoning, a row a model, number of passes and seed."""
+    """Print accuracies by number of steps of reasoning, a row for each model, number of passes and seed."""
     print(f"Trained on {TRAINED[0]} to {TRAINED[1]} steps; a guess is right in {FAMILIES[family].chance:.0%}.\n")
     columns = " | ".join(f"{n} steps" for n in TESTED)
     print(f"| model | seed | trained parameters | steps trained | passes | {columns} |")
@@ -250,12 +252,12 @@ def report_original(lines: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def reached(name: str, lines: list[dict[str, Any]], steps: int) -> float:
-    """The accuracy at that many steps, mean over the seeds, of a model run as it was trained."""
+    """Return the accuracy at that many steps, the mean over the seeds, of a model run as it was trained."""
     return statistics.mean(line["accuracy"][AS_TRAINED[name]][str(steps)] for line in lines)
 
 
 def checks(runs: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, bool]:
-    """What was to be reached, as far as its runs are there."""
+    """Return the targets and whether they were reached, as far as their runs are there."""
     said, gains, twice = {}, {}, 2 * TRAINED[1]
     for family in FAMILIES:
         known = {name: reached(name, lines, twice) for name, lines in runs[family].items()}

@@ -1,4 +1,4 @@
-"""What the runs on pretrained models share: adapters, with feedback or without, trained for so many seconds."""
+"""Train adapters on pretrained models, with or without feedback, for a number of seconds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from feedback_transformers import retrofit
 
 PROJECTIONS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|query|key|value|dense"
-RATE, WARMUP, DECAY = 1e-3, 20, 0.3  # peak learning rate, steps up to it, share of the time down to a tenth
-FASTER = 4.0  # the rate of a connection, which begins at zero and is not of low rank, by that of the adapters
+RATE, WARMUP, DECAY = 1e-3, 20, 0.3  # peak rate, steps up to it, share of the time down to a tenth
+FASTER = 4.0  # the learning rate of a connection, which begins at zero and has full rank, over that of the adapters
 
 
 def adapted(model: PreTrainedModel, rank: int, feedback: dict[str, Any] | None, task: str = "CAUSAL_LM") -> PeftModel:
-    """`model` with adapters on all its layers; with feedback, on those from the loop on, and a trained connection."""
+    """Add adapters to all layers of `model`; with feedback, to those from the loop on, and train the connection."""
     parts, kept = r"layers?\.", None
     if feedback is not None:
         model, parts, kept = retrofit(model, **feedback), r"(cell|decoder)\.layers\.", ["connection"]
@@ -40,9 +40,9 @@ def trained_parameters(model: nn.Module) -> int:
 def train(
     model: nn.Module, batches: Iterator[Any], loss: Callable[[Any], Tensor], seconds: float, faster: float = FASTER
 ) -> tuple[int, list[float]]:
-    """Steps of AdamW until one thread has computed for so long; how many there were, and their losses.
+    """Make steps of AdamW until one thread has computed for so long; return their number and their losses.
 
-    The time is the processor's, so that what else runs on the machine takes nothing away from either side.
+    The time is that of the processor, so that other programs on the machine take nothing away from either side.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     connection = [parameter for name, parameter in trained if "connection" in name]
@@ -68,7 +68,7 @@ def train(
 
 
 def draws(seed: int) -> Iterator[random.Random]:
-    """A generator of random numbers for every step, the same whichever model is trained."""
+    """Yield a generator of random numbers for every step, the same whichever model is trained."""
     step = 0
     while True:
         yield random.Random(f"{seed}:{step}")

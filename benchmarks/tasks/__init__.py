@@ -1,1 +1,1 @@
-"""Published tasks of state tracking and reasoning: `python -m benchmarks.tasks`."""
+"""Run published tasks of state tracking and reasoning: `python -m benchmarks.tasks`."""

@@ -1,11 +1,11 @@
-"""What feedback buys: published tasks, on three seeds.
+"""Measure what feedback buys, on published tasks with three seeds.
 
     python -m benchmarks.tasks                                    # every missing run of every task, then the report
     python -m benchmarks.tasks --task parity --models feedback gru --seeds 0
     python -m benchmarks.tasks --report                           # tables and plots of the runs that are there
     python -m benchmarks.tasks --smoke                            # a few steps of everything, nothing is written
 
-Each run is appended to results/tasks/<task>.jsonl when it has finished, and a run that is there is not repeated.
+Each run is appended to results/tasks/<task>.jsonl when it has finished. A run that is there is not repeated.
 """
 
 from __future__ import annotations
@@ -28,15 +28,20 @@ ALL = (
 TASKS: dict[str, Task] = {task.name: task for task in ALL}
 
 
-OVERVIEW = {  # of each task that is no matter of gradient modes or passes, what is asked
-    "parity": ("scaled accuracy", "parity"),
-    "mod5": ("scaled accuracy", "mod 5"),
-    "mod5-brackets": ("scaled accuracy", "mod 5, brackets"),
-    "swaps": ("256 operations", "swaps, 256, %"),
-    "prefix-sums": ("last pass", "prefix sums, %"),
-    "pondering": ("extrapolation", "pondering, %"),
-    "programs": ("20 statements", "programs, %"),
-}
+# Two tables of means: what each task is asked, and the name of its column.
+OVERVIEWS = (
+    {
+        "parity": ("scaled accuracy", "parity"),
+        "mod5": ("scaled accuracy", "mod 5"),
+        "mod5-brackets": ("scaled accuracy", "mod 5 with brackets"),
+        "swaps": ("256 operations", "swaps, 256 operations, %"),
+    },
+    {
+        "prefix-sums": ("last pass", "prefix sums, %"),
+        "pondering": ("extrapolation", "pondering, %"),
+        "programs": ("20 statements", "programs, %"),
+    },
+)
 
 
 TITLES = {
@@ -56,12 +61,12 @@ TITLES = {
 }
 
 
-def overview() -> list[str]:
-    """The rows of one table: the mean of each model on each task, and on how many seeds."""
-    runs, rows = {name: TASKS[name].finished() for name in OVERVIEW}, []
+def overview(columns: dict[str, tuple[str, str]]) -> list[str]:
+    """Return the rows of a table: the mean of each model on each task, and the number of its seeds."""
+    runs, rows = {name: TASKS[name].finished() for name in columns}, []
     for model, title in TITLES.items():
         cells = []
-        for name, (metric, _) in OVERVIEW.items():
+        for name, (metric, _) in columns.items():
             values, digits = runs[name].values(model, metric), 3 if metric == "scaled accuracy" else 1
             cells.append(f"{runs[name].mean(model, metric):.{digits}f} ({len(values)})" if values else "")
         if any(cells):
@@ -93,7 +98,7 @@ SEEDS_OF = {  # heading -> the tasks and metrics of its columns, and the models 
 
 
 def by_seed(heading: str) -> list[str]:
-    """The rows of a table of single runs."""
+    """Return the rows of a table of single runs."""
     columns, titles = SEEDS_OF[heading]
     runs = {column: (TASKS[name].finished(), metric) for column, (name, metric) in columns.items()}
     rows = []
@@ -135,7 +140,8 @@ def main() -> None:
     if arguments.smoke:
         return
     reached = [task.report() for task in tasks]
-    print_table(["model", *(title for _, title in OVERVIEW.values())], overview())
+    for columns in OVERVIEWS:
+        print_table(["model", *(title for _, title in columns.values())], overview(columns))
     for heading, (columns, _) in SEEDS_OF.items():
         print_table([heading, *columns], by_seed(heading))
     for task in tasks:

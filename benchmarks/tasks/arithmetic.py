@@ -1,11 +1,11 @@
-"""Arithmetic modulo 5 without and with brackets: the value of an expression, asked at its "=".
+"""Compute modulo 5, without and with brackets: the value of an expression is asked at its "=".
 
-Trained on 3 to 40 tokens, tested on 40 to 256; scaled accuracy, as in table 3 of Grazzi et al. 2024
-(arXiv:2411.12537). Both are written from the definitions that it cites. Without brackets, xLSTM (Beck et al. 2024,
-arXiv:2405.04517): digits with +, - and * between them, where * comes first. With brackets, Delétang et al. 2022
-(arXiv:2207.02098) with its default operators + and -: an expression of n tokens is d, -d, (d) or (-d) for n up to 4,
-and above that (left op right) for any split of the n - 3 other tokens. As in these sources a length counts the "=" and
-the answer.
+Models train on 3 to 40 tokens and are tested on 40 to 256, by scaled accuracy, as in table 3 of Grazzi et al. 2024
+(arXiv:2411.12537). Both tasks are written from the definitions that it cites. Without brackets that is xLSTM (Beck et
+al. 2024, arXiv:2405.04517): digits with +, - and * between them, where * comes first. With brackets it is Delétang et
+al. 2022 (arXiv:2207.02098) with its default operators + and -: an expression of n tokens is d, -d, (d) or (-d) for n
+up to 4, and above that (left op right) for any split of the n - 3 other tokens. As in these sources, a length counts
+the "=" and the answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Generate = Callable[[torch.Generator, int, int], Batch]
 
 
 def flat(generator: torch.Generator, size: int, length: int) -> Batch:
-    """Without brackets [B, T]: digit (operator digit)* =, the longest that fits into `length` with its answer."""
+    """Draw expressions without brackets [B, T], digit (operator digit)* =, the longest that fit into `length` with the
+    answer."""
     digits = torch.randint(MODULUS, (size, (length - 1) // 2), generator=generator)
     operators = torch.randint(PLUS, TIMES + 1, (size, digits.shape[1] - 1), generator=generator)
     total, product = torch.zeros(size, dtype=torch.long), digits[:, 0]
@@ -40,7 +41,7 @@ def flat(generator: torch.Generator, size: int, length: int) -> Batch:
 
 
 def bracketed(generator: torch.Generator, size: int, length: int) -> Batch:
-    """With brackets [B, T]. Eight rows share their brackets; digits and operators are each row's own."""
+    """Draw expressions with brackets [B, T]. Eight rows share their brackets; each has its digits and operators."""
     parts = []
     for rows in torch.empty(size).split(8):
         tokens, values = expression(generator, len(rows), length - 2)
@@ -50,7 +51,7 @@ def bracketed(generator: torch.Generator, size: int, length: int) -> Batch:
 
 
 def expression(generator: torch.Generator, size: int, length: int) -> tuple[list[Tensor], Tensor]:
-    """`length` columns of tokens, each [B], and the values [B]."""
+    """Draw `length` columns of tokens, each [B], and the values [B]."""
 
     def column(token: int) -> Tensor:
         return torch.full((size,), token)
@@ -159,6 +160,6 @@ TASKS = (
         bracketed,
         0.26,
         {"Transformer": 0.067, "sLSTM": 0.178, "DeltaNet, eigenvalues in [-1, 1]": 0.26},
-        lr=3e-3,  # with 1e-3 half of the seeds had not learned the trained lengths when their time was up
+        lr=3e-3,  # with 1e-3, half of the seeds had not learned the trained lengths in their time
     ),
 )

@@ -1,4 +1,4 @@
-"""The models that the tasks compare, all of one shape: token ids [B, T] in, logits [B, T, L] out.
+"""Build the models that the tasks compare, all of one shape: token ids [B, T] in, logits [B, T, L] out.
 
 Shapes: B batch, T positions, D hidden size, L labels.
 """
@@ -13,14 +13,14 @@ from transformers.modeling_outputs import TokenClassifierOutput
 
 from feedback_transformers import FeedbackConfig, FeedbackForTokenClassification
 
-Settings = dict[str, Any]  # as JSON has them: they are written beside every result
+Settings = dict[str, Any]  # as JSON has them, since they are written beside every result
 
-# Attention that sees the last 4 tokens alone, so that what was before them has to come through the feedback.
+# Attention sees the last 4 tokens only, so what came before them has to come through the feedback.
 WINDOW: Settings = {"backbone_config": {"model_type": "mistral", "sliding_window": 4}}
 
 
 class Recurrent(nn.Module):
-    """torch's nn.GRU or nn.LSTM between an embedding and a linear readout."""
+    """Run torch's nn.GRU or nn.LSTM between an embedding and a linear readout."""
 
     def __init__(self, kind: str, fields: Settings, tokens: int, labels: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Recurrent(nn.Module):
 
 
 def build(kind: str, fields: Settings, tokens: int, labels: int, positions: int) -> nn.Module:
-    """`feedback` (fields of FeedbackConfig, perhaps with a preset), `llama` (of LlamaConfig), `gru` or `lstm`."""
+    """Return `feedback` (by fields of FeedbackConfig, or a preset), `llama` (of LlamaConfig), `gru` or `lstm`."""
     if kind in ("gru", "lstm"):
         return Recurrent(kind, fields, tokens, labels)
     sizes: Settings = {

@@ -1,6 +1,7 @@
-"""Parity: whether the number of ones is odd, asked at the last bit.
+"""Tell whether the number of ones is odd, asked at the last bit.
 
-Trained on 3 to 40 bits, tested on 40 to 256; scaled accuracy, as in table 3 of Grazzi et al. 2024 (arXiv:2411.12537).
+Models train on 3 to 40 bits and are tested on 40 to 256, by scaled accuracy, as in table 3 of Grazzi et al. 2024
+(arXiv:2411.12537).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ TEST_LENGTHS = [*range(40, 257, 8)]
 
 
 def generate(generator: torch.Generator, size: int, length: int) -> Batch:
-    """Random bits [B, T]; the label stands at the last one."""
+    """Draw random bits [B, T]; the label stands at the last one."""
     bits = torch.randint(2, (size, length), generator=generator)
     labels = torch.full_like(bits, IGNORED)
     labels[:, -1] = bits.sum(1) % 2

@@ -1,9 +1,10 @@
-"""Parity of a vector, by as many passes as the network itself finds necessary.
+"""Tell the parity of a vector, by as many passes as the network itself finds necessary.
 
-Vectors of {-1, 0, 1}; the answer is whether the number of ones is odd (Graves 2016, arXiv:1603.08983).
-Extrapolation as in PonderNet (Banino et al. 2021, arXiv:2107.05407): trained on 1 to 48 entries that are not zero,
-tested on 49 to 96 of 96. Other than there an entry is a token, vectors are shorter in training, where the parity is
-asked after each of their entries, and a test may take more passes than training did.
+Vectors are of -1, 0 and 1; the answer is whether the number of ones is odd (Graves 2016, arXiv:1603.08983). Models
+extrapolate as in PonderNet (Banino et al. 2021, arXiv:2107.05407): they train on 1 to 48 entries that are not zero,
+and are tested on 49 to 96 of 96. In three things the task differs from PonderNet's. An entry is a token. Vectors are
+shorter in training, where the parity is asked after each of their entries. And a test may take more passes than
+training did.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from .models import Settings
 from .runner import IGNORED, Batch, Runs, Score, Task, draw_length, growing, test_batches
 
-ENTRIES, MOST = 96, 48  # of a vector; that are not zero in training
+ENTRIES, MOST = 96, 48  # entries of a vector; those in training that are not zero
 ZERO, ONE, MINUS_ONE = range(3)  # tokens
 
 
 def generate(generator: torch.Generator, size: int, filled: Tensor | int, entries: int = ENTRIES) -> Batch:
-    """Vectors [B, T] with `filled` entries, or so many in each row [B], that are 1 or -1, in random places."""
-    places = torch.rand(size, entries, generator=generator).argsort(1)  # a random order of each row
+    """Draw vectors [B, T] with `filled` entries, or so many in each row [B], that are 1 or -1, in random places."""
+    places = torch.rand(size, entries, generator=generator).argsort(1)  # a random order in each row
     signs = torch.randint(ONE, MINUS_ONE + 1, (size, entries), generator=generator)
     inputs = torch.where(places < torch.as_tensor(filled).reshape(-1, 1), signs, ZERO)
     labels = torch.full_like(inputs, IGNORED)
@@ -29,7 +30,7 @@ def generate(generator: torch.Generator, size: int, filled: Tensor | int, entrie
 
 
 def train(generator: torch.Generator, size: int, level: float) -> Batch:
-    """Vectors of 1 to 48 entries, shorter ones while the level is low, with the parity after each entry."""
+    """Draw vectors of 1 to 48 entries, shorter ones while the level is low, with the parity after each entry."""
     entries = draw_length(generator, 1, growing(level, 8, MOST))
     filled = torch.randint(1, entries + 1, (size,), generator=generator)
     inputs = generate(generator, size, filled, entries).inputs
@@ -37,7 +38,7 @@ def train(generator: torch.Generator, size: int, level: float) -> Batch:
 
 
 def evaluate(network: nn.Module, settings: Settings) -> Score:
-    """Accuracy in extrapolation; the curve shows the passes made, where the model chooses them, or else accuracy."""
+    """Return the accuracy in extrapolation; the curve shows passes where the model chooses them, or else accuracy."""
     rights, steps, passes = {}, {}, settings.get("passes")
     for filled, (inputs, labels) in test_batches(generate, settings):
         output = network(input_ids=inputs, **{"num_feedback_steps": passes} if passes else {})

@@ -1,8 +1,8 @@
-"""Prefix sums: the parity of every prefix of a bit string, by more passes where the string is longer.
+"""Tell the parity of every prefix of a bit string, by more passes where the string is longer.
 
-Trained on 10,000 strings of 32 bits, tested on 512; a string counts where all its parities are right, as in Bansal et
-al. 2022 (arXiv:2202.05826), whose networks repeat one block of convolutions that sees the input anew at every pass.
-Their best figure takes the best of all passes; reported here are the last pass and the best.
+Models train on 10,000 strings of 32 bits and are tested on 512. A string counts if all its parities are right, as in
+Bansal et al. 2022 (arXiv:2202.05826), whose networks repeat one block of convolutions that sees the input anew at
+every pass. Their best figure takes the best of all passes; both the last pass and the best one are reported here.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ STRINGS = torch.randint(2, (10_000, SHORT), generator=torch.Generator().manual_s
 
 
 def label(bits: torch.Tensor) -> Batch:
-    """Bits [B, T] and the parity of each prefix."""
+    """Return bits [B, T] and the parity of each prefix."""
     return Batch(bits, bits.cumsum(1) % 2)
 
 
 def train(generator: torch.Generator, size: int, level: float) -> Batch:
-    """Rows of the fixed set, cut to their first bits while the level is low."""
+    """Draw rows of the fixed set, cut to their first bits while the level is low."""
     rows = torch.randint(len(STRINGS), (size,), generator=generator)
     return label(STRINGS[rows, : growing(level, 8, SHORT)])
 
@@ -34,7 +34,7 @@ def test(length: int, strings: int) -> Batch:
 
 
 def evaluate(network: nn.Module, settings: Settings) -> Score:
-    """In percent of whole strings. `passes`: how many passes a feedback model makes on 512 bits."""
+    """Return the percentage of whole strings. `passes`: how many passes a feedback model makes on 512 bits."""
     batch, passes = test(settings["length"], settings["strings"]), settings.get("passes")
     rights = []
     for inputs, labels in zip(batch.inputs.split(8), batch.labels.split(8), strict=True):

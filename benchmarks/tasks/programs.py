@@ -1,9 +1,9 @@
-"""Programs: what each print statement shows, in programs over three variables.
+"""Tell what each print statement shows, in programs over three variables.
 
 Statements are v=c, v++, v--, print v and if v<c or if v>c before one of the others, with values from 1 to 10, as in
-the Feedback Transformer (Fan et al. 2020, arXiv:2002.09402), cut to 20 statements. Choices of ours: the first
+the Feedback Transformer (Fan et al. 2020, arXiv:2002.09402), cut to 20 statements. Some choices are ours: the first
 statements give every variable a value, ++ and -- stop at 10 and 1, a print that an `if` skips asks nothing, and the
-tokens are `v=`, `v++`, `v--`, `print v`, `if v<`, `if v>` and numbers. The value is asked at the print; it is no part
+tokens are `v=`, `v++`, `v--`, `print v`, `if v<`, `if v>` and numbers. The value is asked at the print, and is no part
 of the input.
 
 Shapes: B programs, S statements, T tokens, V variables.
@@ -29,7 +29,7 @@ TOKENS += [*map(str, range(1, VALUES + 1)), ""]
 
 
 def generate(generator: torch.Generator, size: int, statements: int) -> Batch:
-    """Tokens [B, T] with the padding behind, and the printed value less 1 at every print that is reached."""
+    """Draw tokens [B, T] with the padding behind, and the printed value less 1 at every print that is reached."""
 
     def draw(least: int, most: int) -> Tensor:
         return torch.randint(least, most + 1, (size, statements), generator=generator)
@@ -71,7 +71,7 @@ def train(generator: torch.Generator, size: int, level: float) -> Batch:
 
 
 def evaluate(network: nn.Module, settings: Settings) -> Score:
-    """In percent of the prints reached."""
+    """Return the percentage of the prints that are reached."""
     curve = {}
     for statements, batch in test_batches(generate, settings):
         logits = torch.cat([network(input_ids=part).logits for part in batch.inputs.split(128)])
@@ -99,7 +99,7 @@ SHAPE: Settings = {
 MEMORY: Settings = {**SHAPE, "preset": "feedback-transformer", "num_feedback_layers": 2}
 LOOPED: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers": 0, "num_feedback_layers": 2}
 LSTM: Settings = {"preset": "lstm", "feedback_signal": "state", "hidden_size": 96, "initializer_range": 0.1}
-FEWER: Settings = {"steps": 2500}  # which take these longer than 8,000 take the others
+FEWER: Settings = {"steps": 2500}  # which take these models longer than 8,000 steps take the others
 MODELS: dict[str, Settings] = {
     "feedback": {"kind": "feedback", "fields": MEMORY, "training": FEWER},
     "recurrent-looped": {"kind": "feedback", "fields": LOOPED, "training": FEWER},

@@ -1,4 +1,4 @@
-"""What the tasks share: training, evaluation, results as lines of JSON, and the report.
+"""Train, evaluate and report the tasks; the results are lines of JSON.
 
 A run is one model on one seed, in one process on one thread. Shapes: B batch, T positions, L labels.
 """
@@ -29,19 +29,19 @@ from .models import Settings, build
 RESULTS = Path(__file__).parents[1] / "results" / "tasks"
 SEEDS = (0, 1, 2)
 TEST_SEED = 10_000  # of the test data, the same for all models and seeds
-IGNORED = -100  # label of a position where nothing is asked
+IGNORED = -100  # the label of a position where nothing is asked
 TRAINING: Settings = {
     "steps": 2000,
     "batch": 64,
     "optimizer": "adamw",  # or muon, for the matrices inside
-    "lr": 1e-3,  # of AdamW; of Muon it is muon_lr
+    "lr": 1e-3,  # of AdamW; that of Muon is muon_lr
     "betas": (0.9, 0.999),
     "weight_decay": 0.01,
-    "warmup": 0.05,  # share of the steps
+    "warmup": 0.05,  # as a share of the steps
     "clip": 1.0,
-    "sampled": None,  # (least, most) feedback steps, drawn anew for every training step
+    "sampled": None,  # (fewest, most) feedback steps, drawn anew at every training step
     "easy": 0.1,  # a batch with a smaller loss raises the level of difficulty by the stride,
-    "hard": 0.5,  # one with a larger loss lowers it;
+    "hard": 0.5,  # and one with a larger loss lowers it;
     "stride": 0.02,
     "forced": (0.4, 0.7),  # between these shares of the steps it rises to 1 in any case
 }
@@ -60,7 +60,7 @@ class Score(NamedTuple):
 
 
 class Runs:
-    """The finished runs of a task, by model."""
+    """Hold the finished runs of a task, by model."""
 
     def __init__(self, lines: list[dict[str, Any]]) -> None:
         self.lines = sorted(lines, key=lambda line: line["seed"])
@@ -69,42 +69,42 @@ class Runs:
         return [line for line in self.lines if line["model"] == model]
 
     def values(self, model: str, metric: str) -> list[float]:
-        """The metric by seed, of the runs that have it."""
+        """Return the metric by seed, of the runs that have it."""
         return [line["metrics"][metric] for line in self.of(model) if metric in line["metrics"]]
 
     def reached(self, model: str, metric: str, least: float, seeds: int = len(SEEDS)) -> bool:
-        """Whether that many seeds have run, and each reached it."""
+        """Return whether that many seeds have run, and each reached the target."""
         values = self.values(model, metric)
         return len(values) >= seeds and min(values) >= least
 
     def mean(self, model: str, metric: str) -> float:
         values = self.values(model, metric)
-        return mean(values) if values else math.nan  # with which every comparison is false
+        return mean(values) if values else math.nan  # every comparison with it is false
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its data, how it is scored, the models compared on it and what they are to reach."""
+    """Describe a task: its data, its score, the models that are compared on it, and their targets."""
 
     name: str
     title: str
     num_tokens: int
     num_labels: int
     num_positions: int
-    train: Callable[[torch.Generator, int, float], Batch]  # batch size and level of difficulty, from 0 to 1
+    train: Callable[[torch.Generator, int, float], Batch]  # takes batch size and level of difficulty, from 0 to 1
     evaluate: Callable[[nn.Module, Settings], Score]
     models: dict[str, Settings]  # name -> kind, fields of its config, training, evaluation
-    checks: Callable[[Runs], dict[str, bool]]  # the lines to reach
-    training: Settings = field(default_factory=dict)  # where it differs from TRAINING
-    evaluation: Settings = field(default_factory=dict)  # what `evaluate` is given
-    smoke: Settings = field(default_factory=dict)  # of the evaluation, to see in a moment that everything works
+    checks: Callable[[Runs], dict[str, bool]]  # the targets
+    training: Settings = field(default_factory=dict)  # where training differs from TRAINING
+    evaluation: Settings = field(default_factory=dict)  # the arguments of `evaluate`
+    smoke: Settings = field(default_factory=dict)  # those of a run of seconds, to see that everything works
     columns: tuple[str, ...] = ()  # metrics of the table
-    published: dict[str, tuple[float | str, ...]] = field(default_factory=dict)  # rows of others, by column
+    published: dict[str, tuple[float | str, ...]] = field(default_factory=dict)  # results of others, by column
     x_label: str = "length"
     y_label: str = "accuracy"
 
     def settings(self, model: str, steps: int | None = None, smoke: bool = False) -> Settings:
-        """Everything that a run depends on beside the code and the seed."""
+        """Return everything that a run depends on beside the code and the seed."""
         own = self.models[model]
         training = {**TRAINING, **self.training, **own.get("training", {})}
         if steps is not None:
@@ -117,7 +117,7 @@ class Task:
         return build(own["kind"], own["fields"], self.num_tokens, self.num_labels, self.num_positions)
 
     def run(self, model: str, seed: int, steps: int | None = None, smoke: bool = False) -> dict[str, Any]:
-        """Trains and evaluates one model; returns the line for the results."""
+        """Train and evaluate one model; return its line of the results."""
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         network, settings, start = self.build(model), self.settings(model, steps, smoke), time.time()
@@ -173,13 +173,13 @@ class Task:
         return RESULTS / f"{self.name}.jsonl"
 
     def finished(self) -> Runs:
-        """The runs with the settings of now; those of others, and of fewer steps, count for nothing."""
+        """Return the runs with the present settings; those with others, and of fewer steps, do not count."""
         lines = map(json.loads, self.file.read_text().splitlines() if self.file.exists() else [])
         now = {model: json.loads(json.dumps(self.settings(model))) for model in self.models}
         return Runs([line for line in lines if line["settings"] == now.get(line["model"])])
 
     def run_missing(self, models: list[str], seeds: list[int], steps: int | None = None) -> None:
-        """Each run is appended when it has finished, so that an interrupted table goes on where it stopped."""
+        """Make the missing runs. Each is appended when it has finished, so an interrupted table can go on."""
         for seed in seeds:
             for model in models:
                 if all(line["seed"] != seed for line in self.finished().of(model)):
@@ -189,7 +189,7 @@ class Task:
                         file.write(json.dumps(line) + "\n")
 
     def report(self) -> bool:
-        """Prints the table and what was to be reached; True where all of it was."""
+        """Print the table and the targets; return whether all were reached."""
         runs = self.finished()
         print(f"\n### {self.title}\n\n| model | parameters | {' | '.join(self.columns)} | seconds |")
         print("|---|---|" + "---|" * len(self.columns) + "---|")
@@ -208,7 +208,7 @@ class Task:
         return all(checks.values())
 
     def plot(self) -> None:
-        """A line a seed, a colour a model."""
+        """Draw a line for each seed, in a colour for each model."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -232,7 +232,7 @@ def make_optimizer(network: nn.Module, training: Settings) -> torch.optim.Optimi
 
 
 def rate(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero."""
+    """Return the learning rate's share: a linear warm-up, then a cosine to zero."""
     first = max(1, int(warmup * total))
     if step < first:
         return (step + 1) / first
@@ -245,34 +245,34 @@ def by_seed(values: list[float]) -> str:
     return f"**{mean(values):.3f}** ({', '.join(f'{value:.3f}' for value in values)})"
 
 
-# Sequences of different lengths: all of a batch have one length, as in Delétang et al. 2022 (arXiv:2207.02098), so
+# Sequences of different lengths. All of a batch have one length, as in Delétang et al. 2022 (arXiv:2207.02098), so
 # that nothing is padded.
 
 
 def draw_length(generator: torch.Generator, least: int, most: int) -> int:
-    """Uniform, both ends included."""
+    """Draw a length uniformly, both ends included."""
     return int(torch.randint(least, most + 1, (), generator=generator))
 
 
 def growing(level: float, least: int, most: int) -> int:
-    """The longest length at this level of difficulty."""
+    """Return the longest length at this level of difficulty."""
     return round(least + (most - least) * level)
 
 
 def test_batches(
     generate: Callable[[torch.Generator, int, int], Batch], settings: Settings
 ) -> Iterator[tuple[int, Batch]]:
-    """settings["sequences"] of each of settings["lengths"], always the same ones."""
+    """Yield settings["sequences"] of each of settings["lengths"], the same ones at every call."""
     for length in settings["lengths"]:
         yield length, generate(torch.Generator().manual_seed(TEST_SEED + length), settings["sequences"], length)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """Of the positions that something is asked of."""
+    """Return the accuracy at the positions where something is asked."""
     asked = labels != IGNORED
     return (logits.argmax(-1) == labels)[asked].float().mean().item()
 
 
 def scaled(value: float, chance: float) -> float:
-    """0 at chance and 1 where all is right."""
+    """Scale an accuracy to 0 at chance and 1 where all is right."""
     return (value - chance) / (1 - chance)

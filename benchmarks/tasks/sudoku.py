@@ -1,10 +1,10 @@
-"""Sudoku: gradient modes on 4×4 and 6×6 puzzles made here, and 9×9 puzzles of the package `kaidoku`.
+"""Solve Sudokus with each gradient mode: 4×4 and 6×6 puzzles made here, and 9×9 puzzles of the package `kaidoku`.
 
 The published ordering is that of Jolicoeur-Martineau 2025 (arXiv:2510.04871): a gradient through the full recursion
-solves far more than one through a single step (87.4 against 56.5 % of Sudoku-Extreme). There as here passes without a
-gradient come first, and the full recursion is the last 7 (here 8) of them. All puzzles have one solution.
-In training each is shown through a random symmetry: its digits, and its rows, columns, bands and stacks exchanged.
-There are so few 4×4 puzzles that the symmetries of the training ones cover the test; on larger boards they do not.
+solves 87.4 % of Sudoku-Extreme, and one through a single step 56.5 %. There as here, passes without a gradient come
+first, and the full recursion is the last 7 (here 8) of them. All puzzles have one solution. In training each is shown
+through a random symmetry: its digits, and its rows, columns, bands and stacks, are exchanged. There are so few 4×4
+puzzles that the symmetries of the training ones cover the test; on larger boards they do not.
 
 Shapes: B puzzles, N the side of the board, T = N² cells.
 """
@@ -23,15 +23,15 @@ from .models import Settings
 from .runner import IGNORED, TEST_SEED, Batch, Runs, Score, Task
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}  # side -> rows and columns of a box
-CLUES = {4: 5, 6: 12}  # puzzles are dug until so few digits are left, or none can be taken away
-PUZZLES = {4: (500, 200), 6: (1000, 300)}  # for training and for the test
-MUON: Settings = {"optimizer": "muon", "muon_lr": 0.01, "lr": 3e-3}  # AdamW hardly learned in the same time
+CLUES = {4: 5, 6: 12}  # digits are removed until so few are left, or none can be removed
+PUZZLES = {4: (500, 200), 6: (1000, 300)}  # puzzles for training and for the test
+MUON: Settings = {"optimizer": "muon", "muon_lr": 0.01, "lr": 3e-3}  # AdamW learned hardly anything in the same time
 PACKAGE, LEVELS, HELD_OUT = "kaidoku==1.0.1", "12345", 10
 
 
 @cache
 def units(side: int) -> list[tuple[int, ...]]:
-    """For each cell the cells that must differ from it."""
+    """Return for each cell the cells that must differ from it."""
     high, wide = BOXES[side]
 
     def meet(a: int, b: int) -> bool:
@@ -42,7 +42,7 @@ def units(side: int) -> list[tuple[int, ...]]:
 
 
 def solutions(board: list[int], limit: int = 2, rng: random.Random | None = None) -> list[list[int]]:
-    """Up to `limit` solutions of a board [T], 0 where empty; the cell with the fewest possible digits comes first."""
+    """Find up to `limit` solutions of a board [T], 0 where empty; the cell with the fewest digits comes first."""
     side = round(len(board) ** 0.5)
     board, found = list(board), []
 
@@ -74,7 +74,7 @@ def solutions(board: list[int], limit: int = 2, rng: random.Random | None = None
 
 
 def make_puzzle(side: int, rng: random.Random) -> tuple[list[int], list[int]]:
-    """A board with one solution, and the solution."""
+    """Return a board with one solution, and the solution."""
     solution = solutions([0] * side**2, 1, rng)[0]
     board, left = list(solution), side**2
     for cell in rng.sample(range(side**2), side**2):
@@ -90,7 +90,7 @@ def make_puzzle(side: int, rng: random.Random) -> tuple[list[int], list[int]]:
 
 @cache
 def puzzles(side: int) -> tuple[Batch, Batch]:
-    """Training and test boards [B, T], 0 where empty, with their solutions; no test board is a training board."""
+    """Return training and test boards [B, T], 0 where empty, with their solutions; they share no board."""
     if side == 9:
         return kaidoku()
     rng, wanted = random.Random(TEST_SEED + side), sum(PUZZLES[side])
@@ -102,7 +102,7 @@ def puzzles(side: int) -> tuple[Batch, Batch]:
 
 
 def kaidoku() -> tuple[Batch, Batch]:
-    """Levels 1 to 5 of the package, whose solutions are found here; a tenth is held out."""
+    """Return levels 1 to 5 of the package, solved here; a tenth is held out."""
     try:
         file = Path(str(distribution(PACKAGE.split("==")[0]).locate_file("kaidoku/data/sudoku.txt")))
     except PackageNotFoundError:
@@ -119,14 +119,14 @@ def split(boards: Tensor, solved: Tensor, count: int) -> tuple[Batch, Batch]:
 
 
 def order(generator: torch.Generator, size: int, groups: int, each: int) -> Tensor:
-    """[B, groups * each]: random orders of rows (or columns) that keep bands (or stacks) together."""
+    """Draw random orders of rows (or columns) that keep bands (or stacks) together: [B, groups * each]."""
     bands = torch.rand(size, groups, generator=generator).argsort(1)
     inside = torch.rand(size, groups, each, generator=generator).argsort(2)
     return (bands[..., None] * each + inside).flatten(1)
 
 
 def symmetry(batch: Batch, generator: torch.Generator) -> Batch:
-    """Each board [B, T] and its solution through one random symmetry."""
+    """Change each board [B, T] and its solution by one random symmetry."""
     size, side = len(batch.inputs), round(batch.inputs.shape[1] ** 0.5)
     high, wide = BOXES[side]
     rows, columns = order(generator, size, side // high, high), order(generator, size, side // wide, wide)
@@ -140,7 +140,7 @@ def symmetry(batch: Batch, generator: torch.Generator) -> Batch:
 
 
 def ask(batch: Batch) -> Batch:
-    """The digits, less 1, of the empty cells."""
+    """Return the digits, less 1, of the empty cells."""
     return Batch(batch.inputs, torch.where(batch.inputs == 0, batch.labels - 1, IGNORED))
 
 
@@ -151,7 +151,7 @@ def train(side: int, generator: torch.Generator, size: int, level: float) -> Bat
 
 
 def evaluate(side: int, network: nn.Module, settings: Settings) -> Score:
-    """In per cent, of empty cells and of whole grids, after the last pass; the curve shows grids by pass."""
+    """Return percentages of empty cells and of whole grids, after the last pass; the curve shows grids by pass."""
     boards, solved = puzzles(side)[1]
     batch = ask(Batch(boards[: settings["puzzles"]], solved[: settings["puzzles"]]))
     cells, grids = [], []
@@ -190,7 +190,7 @@ def report_grids(runs: Runs) -> dict[str, bool]:
 
 
 def shape(width: int) -> Settings:
-    """A tiny recursive model; learned places of cells, which GPT-2 layers bring, since rotary ones know no rows."""
+    """Return a tiny recursive model. The places of cells are learned, by GPT-2 layers: rotary ones know no rows."""
     return {
         "preset": "tiny-recursive",
         "backbone_config": {"model_type": "gpt2"},

@@ -1,9 +1,9 @@
-"""Swaps-S5: the permutation of five items after every prefix of swaps.
+"""Tell the permutation of five items after every prefix of swaps (Swaps-S5).
 
 From the identity, each operation is the identity or one of the 10 transpositions; the answer is one of the 120
-permutations. Trained on 32 operations, tested on 64 and 256, where the final one is scored, as in the Recurrent Looped
-Transformer (Zhang 2026). The word problem of S5 is complete for NC1: no network of fixed depth does it at all
-lengths (cf. Merrill, Petty & Sabharwal 2024, arXiv:2404.08819).
+permutations. Models train on 32 operations and are tested on 64 and 256, where the final permutation is scored, as in
+the Recurrent Looped Transformer (Zhang 2026). The word problem of S5 is complete for NC1: no network of fixed depth
+solves it at all lengths (cf. Merrill, Petty & Sabharwal 2024, arXiv:2404.08819).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from .runner import Batch, Runs, Score, Task, growing, test_batches
 
 ITEMS, LONGEST, TEST_LENGTHS = 5, 32, [32, 64, 128, 256]
 ORDERS = list(permutations(range(ITEMS)))  # 120
-SWAPS = [(0, 0), *combinations(range(ITEMS), 2)]  # 11 operations, the first one changes nothing
+SWAPS = [(0, 0), *combinations(range(ITEMS), 2)]  # 11 operations, where the first one changes nothing
 
 
 def tables() -> Tensor:
-    """[120, 11]: the number of the permutation that an operation, which exchanges two places, makes of another."""
+    """Return the number of the permutation that an operation, a swap of two places, makes of another: [120, 11]."""
     numbers = {order: i for i, order in enumerate(ORDERS)}
     rows = []
     for order in ORDERS:
@@ -39,7 +39,7 @@ TABLE = tables()
 
 
 def generate(generator: torch.Generator, size: int, length: int) -> Batch:
-    """Operations [B, T] and the permutation after each."""
+    """Draw operations [B, T] and the permutation after each."""
     operations = torch.randint(len(SWAPS), (size, length), generator=generator)
     state, labels = torch.zeros(size, dtype=torch.long), []
     for operation in operations.T:
@@ -53,7 +53,7 @@ def train(generator: torch.Generator, size: int, level: float) -> Batch:
 
 
 def evaluate(network: nn.Module, settings: Settings) -> Score:
-    """In percent, of the final state."""
+    """Return the percentage of right final permutations."""
     curve = {}
     for length, batch in test_batches(generate, settings):
         final = torch.cat([network(input_ids=part).logits[:, -1] for part in batch.inputs.split(128)])

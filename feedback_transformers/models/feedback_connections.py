@@ -1,7 +1,8 @@
-"""CONNECTIONS: c(e, φ(y)), how feedback enters a step.
+"""CONNECTIONS: how feedback enters a step, c(e, φ(y)).
 
-Shapes: e and φ(y) are [B, T, D]; so is the result. A closed connection gives e whatever φ is, and opens by its first
-gradient: what a retrofitted model begins with.
+A closed connection returns e for any φ, and its first gradient opens it; retrofitted models begin with one.
+
+Shapes: e, φ(y) and the result are [B, T, D].
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from transformers import initialization as init
 from .configuration_feedback import FeedbackConfig
 
 
+def is_zero(weight: Tensor) -> bool:
+    """Whether a matrix is known to hold nothing but zeros; False where it has no values yet or is quantized."""
+    return not weight.is_meta and weight.is_floating_point() and weight.numel() > 0 and not weight.any()
+
+
 class GateConnection(nn.Module):
-    """e + a · σ(W_g [e; norm(φ)] + b) ∘ W_s norm(φ), as in the Recurrent Looped Transformer (Zhang 2026)."""
+    """e + a · σ(W_g [e; norm(φ)] + b) ∘ W_s norm(φ), in the spirit of Zhang 2026, Recurrent Looped Transformer."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -32,13 +38,17 @@ class GateConnection(nn.Module):
         gate = torch.sigmoid(self.gate_proj(torch.cat([e, signal], dim=-1)))
         return e + self.scale * gate * self.signal_proj(signal)
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight)
+
     def close(self) -> None:
-        for parameter in (self.signal_proj.weight, *self.gate_proj.parameters()):  # the same in every closed model
+        """Make the connection return e; every closed connection is the same."""
+        for parameter in (self.signal_proj.weight, *self.gate_proj.parameters()):
             nn.init.zeros_(parameter)
 
 
 class AddConnection(nn.Module):
-    """e + W norm(φ): the context units of Jordan 1986, and the input injection of looped transformers."""
+    """e + W norm(φ), in the spirit of Jordan's context units (1986) and of input injection in looped transformers."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -48,12 +58,16 @@ class AddConnection(nn.Module):
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return e + self.signal_proj(self.norm(signal))
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight)
+
     def close(self) -> None:
+        """Make the connection return e."""
         nn.init.zeros_(self.signal_proj.weight)
 
 
 class ConcatConnection(nn.Module):
-    """W [e; norm(φ)], the adapter of recurrent-depth models (Geiping et al. 2025, arXiv:2502.05171)."""
+    """W [e; norm(φ)], in the spirit of the adapter of Huginn (Geiping et al. 2025), which has no norm."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -63,18 +77,25 @@ class ConcatConnection(nn.Module):
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return self.signal_proj(torch.cat([e, self.norm(signal)], dim=-1))
 
+    def is_closed(self) -> bool:
+        return is_zero(self.signal_proj.weight[:, self.signal_proj.out_features :])
+
     def close(self) -> None:
-        nn.init.eye_(self.signal_proj.weight)  # [D, 2 D]: e as it is, and nothing of φ
+        """Make the connection return e."""
+        nn.init.eye_(self.signal_proj.weight)  # [D, 2D]: the identity for e, zero for φ
 
 
 class MemoryConnection(nn.Module):
-    """e alone: feedback enters through the attention of the cell, which reads the shared memory of past steps."""
+    """e alone: feedback enters through the cell's attention, which reads the shared memory of past positions."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
 
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
         return e
+
+    def is_closed(self) -> bool:
+        return False
 
 
 CONNECTIONS: dict[str, type[nn.Module]] = {

@@ -1,4 +1,4 @@
-"""DECODERS: y = g(h), [B, T, D] -> [B, T, D], before the head's own readout."""
+"""DECODERS: stacks between the loop and the head's readout, y = g(h), [B, T, D] -> [B, T, D]."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EMBEDDINGS: from a raw input to [B, T, D]. A new modality is a class here and a head of its own.
+"""Map a raw input to embeddings [B, T, D]. A new modality is a class here and a head of its own.
 
 Shapes: B batch, T positions, D hidden size, C channels, V vocabulary.
 """
@@ -12,7 +12,7 @@ from .configuration_feedback import FeedbackConfig
 
 
 class TokenEmbeddings(nn.Module):
-    """Token ids [B, T] -> [B, T, D]."""
+    """Map token ids [B, T] to [B, T, D]."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -34,8 +34,15 @@ class TokenEmbeddings(nn.Module):
         return self.embed_tokens(input_ids)
 
 
+BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 and Pillow's grey have it
+
+
 class PatchEmbeddings(nn.Module):
-    """Images [B, C, H, W] -> [B, T, D], a position per patch, row by row."""
+    """Map images [B, C, H, W] to [B, T, D], a position per patch, row by row.
+
+    A grey model (one channel) reads the brightness of colours [B, 3, H, W]: transformers' pipelines open every image
+    file in colour.
+    """
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -45,14 +52,16 @@ class PatchEmbeddings(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        if pixel_values.shape[1:] != self.shape:
-            raise ValueError(f"pixel_values are {tuple(pixel_values.shape[1:])}; this model takes {self.shape}.")
         pixels = pixel_values.to(self.projection.weight.dtype)
+        if self.shape[0] == 1 and pixels.ndim == 4 and pixels.shape[1] == 3:
+            pixels = (pixels.new_tensor(BRIGHTNESS).view(3, 1, 1) * pixels).sum(dim=1, keepdim=True)
+        if pixels.shape[1:] != self.shape:
+            raise ValueError(f"pixel_values are {tuple(pixels.shape[1:])}; this model takes {self.shape}.")
         return self.projection(pixels).flatten(2).transpose(1, 2)
 
 
 class ValueEmbeddings(nn.Module):
-    """Series [B, T, C] -> [B, T, D], a position per time step."""
+    """Map series [B, T, C] to [B, T, D], a position per time step."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()

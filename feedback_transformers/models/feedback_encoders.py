@@ -1,4 +1,4 @@
-"""ENCODERS: e = encoder(embedded input), [B, T, D] -> [B, T, D]."""
+"""ENCODERS: stacks before the loop, e = encoder(embedded input), [B, T, D] -> [B, T, D]."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Weight gradients of a loop in one matrix product, rather than one a step.
+"""Weight gradients of a loop, computed by one matrix product for all steps.
 
 A linear layer that runs at T steps has the weight gradient Σ_t δ_t x_tᵀ. Back-propagation adds it up step by step, and
-each step reads and writes the whole weight; kept back until the last of them, it is one product [out, T·B] [T·B, in].
+each step reads and writes the whole weight. Deferred until the last step, it is one product [out, T·B] [T·B, in].
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from torch.overrides import TorchFunctionMode
 
 
 class Ledger:
-    """Of one weight: inputs [N, in] and output gradients [N, out] of the steps whose backward has run."""
+    """Inputs [N, in] and output gradients [N, out] of one weight, from the steps whose backward has run."""
 
     def __init__(self) -> None:
         self.inputs: list[Tensor] = []
         self.gradients: list[Tensor] = []
-        self.call = -1  # the backward they are of
+        self.call = -1  # the backward pass they belong to
 
     def opened(self) -> Ledger:
-        """Without what an earlier backward left, which asked for other gradients than this weight's."""
+        """Drop what an earlier backward left, which did not ask for this weight's gradient; return the ledger."""
         call = torch._C._current_graph_task_id()
         if call != self.call:
             self.call, self.inputs, self.gradients = call, [], []
         return self
 
     def sum_gradients(self) -> tuple[Tensor, Tensor]:
-        """The gradients [out, in] of the weight and [out] of the bias; then the ledger is empty."""
+        """Return the gradients [out, in] of the weight and [out] of the bias, and empty the ledger."""
         x, gradient = torch.cat(self.inputs), torch.cat(self.gradients)
         self.inputs, self.gradients = [], []
         return gradient.t() @ x, gradient.sum(dim=0)
 
 
 class Deferred(torch.autograd.Function):
-    """A weight, whose gradient is what the ledger holds once the backward of all its steps has run, and what these
-    gave it themselves."""
+    """Pass a weight on to its steps; its gradient is the sum of what the ledger holds after their backward, and of
+    the gradients that they return themselves."""
 
     @staticmethod
     def forward(ctx: Any, ledger: Ledger, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -55,9 +55,9 @@ class Deferred(torch.autograd.Function):
 
 
 class Step(torch.autograd.Function):
-    """x W^T + b at one step; its backward gives the gradient of x, and enters the rest into the ledger.
+    """Compute x W^T + b at one step; the backward returns the gradient of x and enters the rest into the ledger.
 
-    Where gradients are to have gradients (create_graph=True), it gives all of them, as a linear layer does.
+    With create_graph=True it returns all gradients, as a linear layer does, so that they have gradients too.
     """
 
     @staticmethod
@@ -80,14 +80,17 @@ class Step(torch.autograd.Function):
 
 
 class DeferredWeightGradients(TorchFunctionMode):
-    """Within it, the gradient of every weight that linear layers read is computed once, after that of the last step.
+    """Context in which the gradient of every weight of linear layers is computed once, after all steps.
 
-    It takes the place of the function linear layers end in, whatever wraps them: adapters and hooks stay in force.
+    It replaces torch.nn.functional.linear, where linear layers end whatever wraps them, so that adapters and hooks
+    stay in force.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: dict[tuple[int, int], tuple] = {}  # by ids of weight and bias, kept lest others take their ids
+        self.weights: dict[
+            tuple[int, int], tuple
+        ] = {}  # by ids of weight and bias; kept alive, so that ids stay theirs
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs and self.takes(*args):
@@ -102,7 +105,7 @@ class DeferredWeightGradients(TorchFunctionMode):
 
     @staticmethod
     def takes(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-        """A weight that is trained, not of a quantizer, and that autocast doesn't copy first."""
+        """Return whether the weight is trained, plain (not of a quantizer) and not copied by autocast."""
         return (
             torch.is_grad_enabled()
             and all(type(p) in (Tensor, nn.Parameter) and p.requires_grad for p in (weight, bias) if p is not None)

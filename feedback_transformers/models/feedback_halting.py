@@ -1,6 +1,6 @@
-"""HALTING: when a position has made enough passes.
+"""HALTING: rules for when a position has made enough passes.
 
-A position that stopped keeps its state, and in a causal model looks to later positions as it did at its last pass.
+A stopped position keeps its state. In a causal model, later positions see its keys and values of its last pass.
 
 Shapes: B batch, T positions, D hidden size, V predicted classes, K passes.
 """
@@ -15,31 +15,34 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_cache import wide
 
 
 @dataclass
 class Progress:
-    """How far the positions of a call are."""
+    """Progress of the positions of a call."""
 
-    running: Tensor  # [B, T] bool, False once stopped, and for padding
+    running: Tensor  # [B, T] bool, False for stopped positions and padding
     num_steps: Tensor  # [B, T] passes made
-    spent: Tensor  # [B, T] probability of having stopped by now, where that is learned
-    probabilities: list[Tensor] = field(default_factory=list)  # [B, T] each, of stopping at this pass, in training
-    mean: Tensor | None = None  # [B, T, D] what is read in place of the last state
-    left_over: Tensor | float = 0.0  # [B, T] what the last pass of a position was cut to
+    spent: Tensor  # [B, T] probability of having stopped by now, if that is learned
+    probabilities: list[Tensor] = field(default_factory=list)  # of stopping at each pass, [B, T], in training
+    mean: Tensor | None = None  # [B, T, D] state that is read in place of the last one
+    left_over: Tensor | float = 0.0  # [B, T] weight that was left for a position's last pass
     log_p: Tensor | None = None  # [B, T, V] the last prediction
 
     @classmethod
     def start(cls, e: Tensor, mask: Tensor | None) -> Progress:
         """Return the progress before the first pass of a call with inputs e [B, T, D] and mask [B, T]."""
-        zeros = e.new_zeros(e.shape[:2], dtype=torch.float32)
+        zeros = wide(e.new_zeros(e.shape[:2]))
         running = torch.ones_like(zeros, dtype=torch.bool) if mask is None else mask.clone()
         return cls(running, zeros.long(), zeros)
 
 
 class HaltProjection(nn.Linear):
-    """What λ is the sigmoid of: one λ everywhere at first, the same in every model that learns it anew, also where
-    adapters leave it frozen."""
+    """Predict the halting logit [..., D] -> [..., 1].
+
+    It begins constant, so that a new model stops everywhere with the probability `first`.
+    """
 
     def __init__(self, size: int, first: float = 0.5) -> None:
         self.first = first
@@ -51,6 +54,8 @@ class HaltProjection(nn.Linear):
 
 
 class Halting(nn.Module):
+    """Base of the halting rules: forward updates a Progress after each pass."""
+
     default_threshold: float
     reads_prediction = False
 
@@ -60,44 +65,48 @@ class Halting(nn.Module):
 
     @property
     def threshold(self) -> float:
+        """Threshold of the config, or the rule's default."""
         return self.config.halting_threshold or self.default_threshold
 
     def loss(self, progress: Progress) -> Tensor | None:
-        """What training adds for each position, [B, T]."""
+        """Return what training adds to the loss of each position, [B, T], or None."""
         return None
 
 
 class ConvergedHalting(Halting):
-    """Stops a position when its last pass changed little: |h_k - h_{k-1}| <= threshold |h_{k-1}| as in Geiping et al.
-    2025 (arXiv:2502.05171), or KL(p_k | p_{k-1}) <= threshold. Training makes all passes."""
+    """Stop a position in evaluation when its last pass changed it little; training makes all passes.
+
+    |h_k - h_{k-1}| <= threshold · |h_{k-1}|, or KL(p_k | p_{k-1}) <= threshold with halting_measure="prediction". The
+    rules are in the spirit of Geiping et al. 2025 (arXiv:2502.05171).
+    """
 
     default_threshold = 0.05
-    in_training = False  # whether positions stop in training too
+    in_training = False  # whether positions also stop in training
 
     @property
     def reads_prediction(self) -> bool:  # type: ignore[override]
         return self.config.halting_measure == "prediction"
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
-        """Notes the pass that made h [B, T, D] of `before`, and predicts `logits` [B, T, V]."""
+        """Stop positions after the pass that made h [B, T, D] from `before`, and that predicts `logits` [B, T, V]."""
         if self.training:
             return
         if logits is not None:
-            old, progress.log_p = progress.log_p, logits.float().log_softmax(-1)
+            old, progress.log_p = progress.log_p, wide(logits).log_softmax(-1)
             if old is not None:
                 change = (progress.log_p.exp() * (progress.log_p - old)).sum(-1)
                 progress.running = progress.running & (change > self.threshold)
         elif before is not None:
-            change = (h - before).float().norm(dim=-1)
-            progress.running = progress.running & (change > self.threshold * before.float().norm(dim=-1))
+            change = wide(h - before).norm(dim=-1)
+            progress.running = progress.running & (change > self.threshold * wide(before).norm(dim=-1))
 
 
 class LearnedHalting(Halting):
-    """PonderNet, Banino et al. 2021 (arXiv:2107.05407): a position stops at pass k with probability
+    """Stop a position at pass k with a learned probability (PonderNet, Banino et al. 2021, arXiv:2107.05407).
 
     p_k = λ_k Π_{j<k} (1 - λ_j)    λ_k = σ(w h_k + b)    L = Σ_k p_k L_k + β KL(p | geometric prior)
 
-    Training makes all passes; evaluation, where the paper draws, stops when p_1 + ... + p_k reaches the threshold.
+    Training makes all passes. Evaluation stops when p_1 + ... + p_k reaches the threshold; the paper draws the pass.
     """
 
     default_threshold = 0.5
@@ -105,12 +114,12 @@ class LearnedHalting(Halting):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        # As the prior has it, so that the divergence from it begins at zero.
+        # Begins at the prior, so that the divergence from it begins at zero.
         self.halt_proj = HaltProjection(config.hidden_size, first=config.halting_prior)
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
-        p = left if last else left * self.halt_proj(h).squeeze(-1).float().sigmoid()
+        p = left if last else left * wide(self.halt_proj(h).squeeze(-1)).sigmoid()
         progress.spent = progress.spent + p
         if self.training:
             progress.probabilities.append(p)
@@ -118,21 +127,23 @@ class LearnedHalting(Halting):
             progress.running = progress.running & (progress.spent < self.threshold)
 
     def loss(self, progress: Progress) -> Tensor | None:
-        """Divergence from the prior, cut off at K passes."""
+        """Return the divergence from the prior, cut off at K passes, [B, T]."""
         if not self.training:
             return None
         p = torch.stack(progress.probabilities)
-        passes = torch.arange(len(p), device=p.device)
-        prior = (self.config.halting_prior * (1 - self.config.halting_prior) ** passes).float()
+        passes = torch.arange(len(p), dtype=p.dtype, device=p.device)
+        prior = self.config.halting_prior * (1 - self.config.halting_prior) ** passes
         log_prior = (prior / prior.sum()).log()[:, None, None]
-        log_p = p.clamp(min=1e-12).log()  # p is 0 where λ is 1 before, and p log p has no gradient there
+        log_p = p.clamp(min=1e-12).log()  # p is 0 after a λ of 1, where p log p has no gradient
         return (p * (log_p - log_prior)).sum(dim=0)
 
 
 class AdaptiveHalting(Halting):
-    """Adaptive computation time, Graves 2016 (arXiv:1603.08983): a position stops when its λ_k sum up to the
-    threshold, the last one cut to what is left to 1, and reads Σ_k λ_k h_k. The loss has its passes, and what was left
-    for the last one, added."""
+    """Stop a position when its λ_k sum up to the threshold (adaptive computation time, Graves 2016, arXiv:1603.08983).
+
+    The last λ is cut, so that they sum up to 1, and the position reads Σ_k λ_k h_k. The number of passes and the last
+    λ are added to the loss.
+    """
 
     default_threshold = 0.99
     in_training = True
@@ -143,7 +154,7 @@ class AdaptiveHalting(Halting):
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
-        p = self.halt_proj(h).squeeze(-1).float().sigmoid()
+        p = wide(self.halt_proj(h).squeeze(-1)).sigmoid()
         ends = left - p <= 1 - self.threshold
         if last:
             ends = torch.ones_like(ends)
@@ -155,7 +166,7 @@ class AdaptiveHalting(Halting):
         progress.running = progress.running & ~ends
 
     def loss(self, progress: Progress) -> Tensor | None:
-        """Passes + what was left; only the latter has a gradient."""
+        """Return the number of passes plus the last λ, [B, T]; only the latter has a gradient."""
         return progress.num_steps + progress.left_over if self.training else None
 
 

@@ -1,10 +1,11 @@
-"""Compiled recurrences for the CPU, each with its exact backward; `feedback_scan` is their plain twin.
+"""Recurrences compiled for the CPU by numba; feedback_fused.py makes them functions of autograd.
 
-Imported by `feedback_scan` only where numba is (`pip install feedback_transformers[fast]`). Each kernel walks the
-positions once, one row of the batch after the other, and the loop over channels inside is what LLVM vectorises: all
-its arrays are slices that begin at zero, since an index like `size + d` might be negative for all it knows, and
-exp is written out, since libm's is not vectorised. One thread is enough: beside the projections, which are matrix
-products, the walk takes a small part of the time.
+Each kernel walks the positions once, one row of the batch after the other, and LLVM vectorises its inner loop over the
+channels. For that, all arrays are slices that begin at zero (LLVM must rule out negative indices), and exp is written
+out, since libm's is not vectorised. One thread is enough: most of the time goes to the projections, which are matrix
+products.
+
+Imported only where numba is installed (`pip install feedback_transformers[fast]`).
 
 Shapes: B batch, T positions, D hidden size. All arrays are contiguous float32, masks [B, T] bool.
 """
@@ -13,10 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-
-import torch
-from torch import Tensor
-from torch.autograd.function import Function, once_differentiable
 
 try:
     import numba
@@ -31,17 +28,17 @@ Scalar = Any
 
 
 def compiled(function: Callable) -> Any:
-    """Multiply-adds may be contracted; NaN and infinity pass as in torch. Kept on disk where there is a place."""
+    """Compile a function; NaN and infinity pass as in torch. The result is kept on disk where that can be written."""
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder beside this file or in the user's cache can be written to
+    except RuntimeError:  # neither the folder of this file nor the user's cache can be written
         return numba.njit(**options)(function)
 
 
 @intrinsic
 def bits_of(context: Any, x: Scalar) -> Any:
-    """float32 -> the int32 of the same bits."""
+    """Return the int32 of the same bits as a float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
@@ -51,7 +48,7 @@ def bits_of(context: Any, x: Scalar) -> Any:
 
 @intrinsic
 def float_of(context: Any, bits: Scalar) -> Any:
-    """int32 -> the float32 of the same bits."""
+    """Return the float32 of the same bits as an int32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(arguments[0], ir.FloatType())
@@ -63,7 +60,7 @@ def float_of(context: Any, bits: Scalar) -> Any:
 ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
 LIMIT = np.float32(87)  # beyond e^87 a gate is 0 or 1
 LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-ROUND = np.float32(1.5 * 2**23)  # x + ROUND has no bits for a fraction, and those of the integer stand last
+ROUND = np.float32(1.5 * 2**23)  # x + ROUND is rounded to an integer, which stands in its last bits
 C0, C1, C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 C3, C4, C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 MANTISSA, EXPONENT_OF_ONE = np.int32(23), np.int32(127 << 23)
@@ -71,7 +68,7 @@ MANTISSA, EXPONENT_OF_ONE = np.int32(23), np.int32(127 << 23)
 
 @compiled
 def exp(x: Scalar) -> Scalar:
-    """Within 1e-7 of e^x, relative; x is clamped to ±87, and NaN stays."""
+    """Return e^x within 1e-7, relative; x is clamped to ±87, and NaN stays."""
     x = LIMIT if x > LIMIT else x
     x = -LIMIT if x < -LIMIT else x
     shifted = x * LOG2_E + ROUND
@@ -96,7 +93,7 @@ def tanh(x: Scalar) -> Scalar:
 
 @compiled
 def linear_forward(a: Array, b: Array, start: Array, reverse: bool, h: Array) -> None:
-    """a, b and h [B, T, D], start [B, D]"""
+    """Write h [B, T, D] from a and b [B, T, D] and start [B, D]."""
     batch, length, size = h.shape
     for row in range(batch):
         before = start[row]
@@ -112,7 +109,7 @@ def linear_forward(a: Array, b: Array, start: Array, reverse: bool, h: Array) ->
 def linear_backward(
     grad: Array, a: Array, start: Array, h: Array, reverse: bool, grad_a: Array, grad_b: Array, carry: Array
 ) -> None:
-    """carry [B, D] is zero, and becomes the gradient of start."""
+    """Write the gradients of a and b; carry [B, D] begins at zero and becomes the gradient of start."""
     batch, length, size = h.shape
     for row in range(batch):
         c = carry[row]
@@ -132,7 +129,7 @@ def linear_backward(
 
 @compiled
 def diagonal_gru_forward(gates: Array, weight: Array, start: Array, mask: Array, reverse: bool, h: Array) -> None:
-    """gates [B, T, 3D], weight [3, D], start [B, D], h [B, T, D]"""
+    """Write h [B, T, D] from gates [B, T, 3D], weight [3, D] and start [B, D]."""
     batch, length, size = h.shape
     weight_r, weight_z, weight_n = weight[0], weight[1], weight[2]
     for row in range(batch):
@@ -166,9 +163,9 @@ def diagonal_gru_backward(
     grad_weight: Array,
     carry: Array,
 ) -> None:
-    """grad_weight [B, 3, D] and carry [B, D] are zero; carry becomes the gradient of start.
+    """Write all gradients; grad_weight [B, 3, D] and carry [B, D], which becomes that of start, begin at zero.
 
-    r, z and n are computed again: that is faster than to fetch them from memory.
+    r, z and n are computed again, which is faster than reading them from memory.
     """
     batch, length, size = h.shape
     weight_r, weight_z, weight_n = weight[0], weight[1], weight[2]
@@ -211,7 +208,7 @@ def candidate(x: Scalar) -> Scalar:
 
 @compiled
 def min_gru_forward(gates: Array, start: Array, mask: Array, reverse: bool, h: Array) -> None:
-    """gates [B, T, 2D], start [B, D], h [B, T, D]"""
+    """Write h [B, T, D] from gates [B, T, 2D] and start [B, D]."""
     batch, length, size = h.shape
     for row in range(batch):
         before = start[row]
@@ -231,7 +228,7 @@ def min_gru_forward(gates: Array, start: Array, mask: Array, reverse: bool, h: A
 def min_gru_backward(
     grad: Array, gates: Array, start: Array, mask: Array, reverse: bool, h: Array, grad_gates: Array, carry: Array
 ) -> None:
-    """carry [B, D] is zero, and becomes the gradient of start."""
+    """Write the gradient of the gates; carry [B, D] begins at zero and becomes the gradient of start."""
     batch, length, size = h.shape
     for row in range(batch):
         c = carry[row]
@@ -252,12 +249,15 @@ def min_gru_backward(
                     c[d] += g[d]
 
 
-# The GRU: elementwise parts of one step, between matrix products
+# The GRU: the elementwise part of one step, between matrix products
 
 
 @compiled
 def gru_forward(gates: Array, projected: Array, mask: Array, t: int, state: Array, h: Array, saved: Array) -> None:
-    """gates [B, T, 3D], projected = U h_{t-1} [B, 3D], saved (r, z, n, U_n h_{t-1}) [B, T, 4D]; state [B, D] moves."""
+    """Step state [B, D] to position t, from gates [B, T, 3D] and projected = U h_{t-1} [B, 3D].
+
+    Also writes h [B, T, D] and saved = (r, z, n, U_n h_{t-1}) [B, T, 4D] at t.
+    """
     batch, _, size = h.shape
     for row in range(batch):
         x, u, s, p, h_t = gates[row, t], projected[row], saved[row, t], state[row], h[row, t]
@@ -286,9 +286,10 @@ def gru_backward(
     grad_n: Array,
     grad_projected: Array,
 ) -> None:
-    """before = h_{t-1} at t [B, T, D]; grad_projected [B, 3D] is that of U h_{t-1}, whose last part grad_n keeps.
+    """Write the gradients of the gates at t and of U h_{t-1} [B, 3D], whose last part grad_n [B, T, D] keeps.
 
-    carry [B, D] is the gradient of h_t from later steps, and becomes that of h_{t-1} but for what comes through U.
+    before [B, T, D] is h_{t-1} at t. carry [B, D] is the gradient of h_t from later steps, and becomes that of h_{t-1}
+    without the part that comes through U.
     """
     batch, _, size = before.shape
     for row in range(batch):
@@ -311,142 +312,3 @@ def gru_backward(
             dx[:], du[:], kept[:] = 0, 0, 0
             for d in range(size):
                 c[d] += g[d]
-
-
-# What autograd sees
-
-
-def arrays(*tensors: Tensor) -> list[Array]:
-    return [tensor.detach().numpy() for tensor in tensors]
-
-
-class LinearScan(Function):
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, start: Tensor, reverse: bool) -> Tensor:
-        a, b, start = a.contiguous(), b.contiguous(), start.contiguous()
-        h = torch.empty_like(b)
-        linear_forward(*arrays(a, b, start), reverse, *arrays(h))
-        ctx.save_for_backward(a, start, h)
-        ctx.reverse = reverse
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        a, start, h = ctx.saved_tensors
-        grad_a, grad_b, carry = torch.empty_like(h), torch.empty_like(h), torch.zeros_like(start)
-        linear_backward(*arrays(grad.contiguous(), a, start, h), ctx.reverse, *arrays(grad_a, grad_b, carry))
-        return grad_a, grad_b, carry, None
-
-
-class DiagonalGRUScan(Function):
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, weight: Tensor, start: Tensor, mask: Tensor, reverse: bool) -> Tensor:
-        gates, weight, start, mask = (tensor.contiguous() for tensor in (gates, weight, start, mask))
-        h = gates.new_empty(*mask.shape, start.shape[-1])
-        diagonal_gru_forward(*arrays(gates, weight, start, mask), reverse, *arrays(h))
-        ctx.save_for_backward(gates, weight, start, mask, h)
-        ctx.reverse = reverse
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gates, weight, start, mask, h = ctx.saved_tensors
-        grad_gates, carry = torch.empty_like(gates), torch.zeros_like(start)
-        grad_weight = weight.new_zeros(start.shape[0], *weight.shape)
-        given = arrays(grad.contiguous(), gates, weight, start, mask)
-        diagonal_gru_backward(*given, ctx.reverse, *arrays(h, grad_gates, grad_weight, carry))
-        return grad_gates, grad_weight.sum(0), carry, None, None
-
-
-class MinGRUScan(Function):
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, start: Tensor, mask: Tensor, reverse: bool) -> Tensor:
-        gates, start, mask = gates.contiguous(), start.contiguous(), mask.contiguous()
-        h = gates.new_empty(*mask.shape, start.shape[-1])
-        min_gru_forward(*arrays(gates, start, mask), reverse, *arrays(h))
-        ctx.save_for_backward(gates, start, mask, h)
-        ctx.reverse = reverse
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gates, start, mask, h = ctx.saved_tensors
-        grad_gates, carry = torch.empty_like(gates), torch.zeros_like(start)
-        given = arrays(grad.contiguous(), gates, start, mask)
-        min_gru_backward(*given, ctx.reverse, *arrays(h, grad_gates, carry))
-        return grad_gates, carry, None, None
-
-
-class GRUScan(Function):
-    """The gradient of U is one product after the walk, where torch's backward adds up one for each step."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, gates: Tensor, weight: Tensor, bias: Tensor, start: Tensor, mask: Tensor, reverse: bool
-    ) -> Tensor:
-        gates, mask, state = gates.contiguous(), mask.contiguous(), start.clone(memory_format=torch.contiguous_format)
-        (batch, length), size = mask.shape, start.shape[-1]
-        h, saved = gates.new_empty(batch, length, size), gates.new_empty(batch, length, 4 * size)
-        projected, transposed = gates.new_empty(batch, 3 * size), weight.t().contiguous()
-        gates_, projected_, mask_, state_, h_, saved_ = arrays(gates, projected, mask, state, h, saved)
-        for t in reversed(range(length)) if reverse else range(length):
-            torch.addmm(bias, state, transposed, out=projected)
-            gru_forward(gates_, projected_, mask_, t, state_, h_, saved_)
-        ctx.save_for_backward(weight, start, mask, h, saved)
-        ctx.reverse = reverse
-        return h
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, start, mask, h, saved = ctx.saved_tensors
-        (batch, length), size = mask.shape, start.shape[-1]
-        before = torch.cat([h[:, 1:], start[:, None]] if ctx.reverse else [start[:, None], h[:, :-1]], dim=1)
-        carry, grad_projected = h.new_zeros(batch, size), h.new_empty(batch, 3 * size)
-        grad_gates, grad_n = h.new_empty(batch, length, 3 * size), torch.empty_like(h)
-        given = arrays(grad.contiguous(), before, mask)
-        made = arrays(saved, carry, grad_gates, grad_n, grad_projected)
-        for t in range(length) if ctx.reverse else reversed(range(length)):
-            gru_backward(*given, t, *made)
-            carry.addmm_(grad_projected, weight)
-        before, grad_rz, grad_n = before.flatten(0, 1), grad_gates.flatten(0, 1)[:, : 2 * size], grad_n.flatten(0, 1)
-        grad_weight = torch.cat([grad_rz.t() @ before, grad_n.t() @ before])
-        return grad_gates, grad_weight, torch.cat([grad_rz.sum(0), grad_n.sum(0)]), carry, None, None
-
-
-# The twins of what feedback_scan has in plain torch
-
-
-def linear_scan(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
-    """h_t = a_t ∘ h_{t-1} + b_t: a and b [B, T, D], start [B, D] -> [B, T, D]"""
-    return LinearScan.apply(a, b, start, reverse)
-
-
-def diagonal_gru(gates: Tensor, weight: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
-    """gates [B, T, 3D], weight [3, D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
-    return DiagonalGRUScan.apply(gates, weight, start, everywhere(gates) if mask is None else mask, reverse)
-
-
-def min_gru(gates: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
-    """gates [B, T, 2D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
-    return MinGRUScan.apply(gates, start, everywhere(gates) if mask is None else mask, reverse)
-
-
-def gru(gates: Tensor, weight: Tensor, bias: Tensor, start: Tensor, mask: Tensor | None, reverse: bool) -> Tensor:
-    """gates [B, T, 3D], weight [3D, D], bias [3D], start [B, D] -> h [B, T, D]; where mask is False, h stays."""
-    return GRUScan.apply(gates, weight, bias, start, everywhere(gates) if mask is None else mask, reverse)
-
-
-def everywhere(gates: Tensor) -> Tensor:
-    return torch.ones(gates.shape[:2], dtype=torch.bool)
-
-
-KERNELS: dict[str, Callable[..., Tensor]] = {
-    "linear_scan": linear_scan,
-    "diagonal_gru": diagonal_gru,
-    "min_gru": min_gru,
-    "gru": gru,
-}

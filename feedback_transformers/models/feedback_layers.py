@@ -1,4 +1,4 @@
-"""Stacks of layers [B, T, D] -> [B, T, D] that encoders, cells and decoders are made of.
+"""Stacks of layers [B, T, D] -> [B, T, D], which encoders, cells and decoders are made of.
 
 Shapes: B batch, T positions, D hidden size, P earlier positions in the cache.
 """
@@ -27,9 +27,9 @@ ACT2FN.setdefault("rrelu", nn.RReLU)
 
 
 class TransformerStack(nn.Module):
-    """Decoder layers of `config.backbone_config`, borrowed from transformers; nothing of attention is written here.
+    """Layers of the family in `config.backbone_config`, borrowed from transformers with all of their attention.
 
-    In a retrofitted model they come with the base model (`take_over`), each in its own place there.
+    In a retrofitted model the layers come from the original (`take_over`), each with its own number there.
     """
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
@@ -45,18 +45,18 @@ class TransformerStack(nn.Module):
         if family.rotary is not None:
             self.rotary = family_member(backbone.model_type, f"{family.prefix}RotaryEmbedding")(backbone)
         for module in self.modules():
-            if hasattr(module, "is_causal"):  # else sdpa turns causal wherever the mask is None
+            if hasattr(module, "is_causal"):  # sdpa is causal wherever the mask is None and this is True
                 setattr(module, "is_causal", causal)  # noqa: B010  (mypy takes every attribute of a Module for a Tensor)
 
     def take_over(self, layers: nn.ModuleList, rotary: nn.Module | None, first: int) -> None:
-        """Takes over layers of a base model, of which the first is its layer `first`."""
+        """Take over layers of a base model, beginning with its layer `first`."""
         self.layers, self.rotary, self.first = layers, rotary, first
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.states(x, context, KeyValueSlots.of(context))[-1]
 
     def states(self, x: Tensor, context: Context, cache: KeyValueSlots | None) -> list[Tensor]:
-        """The input and the output of every layer, each [B, T, D]."""
+        """Return the input and the output of every layer, each [B, T, D]."""
         kinds = [layer_kind(self.backbone, self.first + i) for i in range(len(self.layers))]
         arguments = {kind: self.arguments(x, context, kind) for kind in set(kinds)}
         states = [x]
@@ -65,7 +65,7 @@ class TransformerStack(nn.Module):
         return states
 
     def arguments(self, x: Tensor, context: Context, kind: str) -> dict[str, Any]:
-        """What every layer of a kind is given besides its input and cache."""
+        """Return the arguments of the layers of a kind, besides input and cache."""
         arguments = {"attention_mask": self.attention_mask(x, context, kind)}
         if self.rotary is not None:
             by_kind = (kind,) if rotary_by_kind(self.backbone) else ()
@@ -74,6 +74,7 @@ class TransformerStack(nn.Module):
         return arguments
 
     def attention_mask(self, x: Tensor, context: Context, kind: str) -> Any:
+        """Return the mask of a kind of layers, as the attention implementation takes it; None sees all."""
         sliding = kind == "sliding_attention"
         if not self.causal:
             create = create_bidirectional_sliding_window_mask if sliding else create_bidirectional_mask
@@ -89,13 +90,13 @@ class TransformerStack(nn.Module):
         return create_causal_mask(self.backbone, x, context.key_mask, sizes, and_mask_function=window)
 
     def window(self, key_mask: Tensor) -> Callable[..., Tensor]:
-        """Which keys a query sees through a sliding window that counts real positions, wherever padding stands."""
+        """Return the rule for which keys a query sees in a sliding window that counts real positions only."""
         places, size = key_mask.cumsum(dim=1), self.backbone.sliding_window
         return lambda batch, head, query, key: places[batch, query] - places[batch, key] < size
 
 
 class MLPStack(nn.Module):
-    """Residual layers x + W_2 act(W_1 norm(x)), each position by itself."""
+    """Residual layers x + W_2 act(W_1 norm(x)) at each position."""
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
         super().__init__()
@@ -108,6 +109,8 @@ class MLPStack(nn.Module):
 
 
 class MLPLayer(nn.Module):
+    """One layer of an MLPStack."""
+
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
@@ -122,7 +125,7 @@ class MLPLayer(nn.Module):
 class ConvStack(nn.Module):
     """Residual layers x + W act(conv(norm(x))) along the positions, or over the grid of an image.
 
-    A causal convolution pads on the left only and remembers its last inputs for the next call.
+    A causal convolution pads on the left only and keeps its last inputs for the next call.
     """
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
@@ -137,6 +140,8 @@ class ConvStack(nn.Module):
 
 
 class ConvLayer(nn.Module):
+    """One layer of a ConvStack."""
+
     def __init__(self, config: FeedbackConfig, causal: bool, grid: int | None) -> None:
         super().__init__()
         self.causal, self.grid, self.kernel_size = causal, grid, config.conv_kernel_size
@@ -159,7 +164,7 @@ class ConvLayer(nn.Module):
         return x + self.out_proj(self.act(convolved))
 
     def with_past(self, inputs: Tensor, context: Context) -> Tensor:
-        """[B, T, D] -> [B, T + kernel - 1, D]: the real inputs just before, zeros at the start of a text."""
+        """Prepend the real inputs just before, or zeros at the start: [B, T, D] -> [B, T + kernel - 1, D]."""
         size, state = self.kernel_size - 1, context.state()
         if size == 0:
             return inputs
@@ -174,7 +179,7 @@ class ConvLayer(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """x + attention(norm(x), source): what a step reads of the source, by the attention of BART."""
+    """x + attention(norm(x), source): a step reads the source by the attention of BART."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -195,4 +200,5 @@ class CrossAttention(nn.Module):
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Apply dropout where p is above zero, which draws no random numbers otherwise."""
     return F.dropout(x, p, training) if p else x

@@ -1,18 +1,18 @@
-"""The names that fields of FeedbackConfig may have, and what transformers calls them."""
+"""Values that fields of FeedbackConfig may take, and names that transformers has for the fields."""
 
 from typing import Any
 
 EMBEDDING_TYPES = ("tokens", "patches", "values")
 ENCODER_TYPES = ("transformer", "rnn", "cnn")
-FEEDBACK_TYPES = ("mlp", "gru", "lstm", "diagonal_gru", "min_gru", "conv", "transformer")
-RECURRENT_TYPES = ("gru", "lstm", "diagonal_gru", "min_gru")
+RECURRENT_TYPES = ["gru", "lstm", "diagonal_gru", "min_gru"]  # those of RECURRENCES; `register` adds to them
+FEEDBACK_TYPES = ("mlp", *RECURRENT_TYPES, "conv", "transformer")
 DIAGONAL_TYPES = ("diagonal_gru", "min_gru")  # no channel reads another's state
 DECODER_TYPES = ("mlp", "rnn", "transformer")
 BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "gpt2")
 BIDIRECTIONAL_TYPES = ("bert", "roberta")
-# A retrofit keeps all of a model, so that its layers need not be alike.
+# A retrofit keeps the whole model, so its layers may differ from each other.
 RETROFIT_TYPES = (*BACKBONE_TYPES, "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", *BIDIRECTIONAL_TYPES)
-CHOICES = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "embedding_type": EMBEDDING_TYPES,
     "encoder_type": ENCODER_TYPES,
     "feedback_type": FEEDBACK_TYPES,
@@ -25,15 +25,17 @@ CHOICES = {
     "halting": ("fixed", "converged", "learned", "act"),
     "halting_measure": ("state", "prediction"),
 }
+# The source of registered parts, which goes along with checkpoints: field and name -> file name and text.
+REGISTERED: dict[tuple[str, str], tuple[str, str]] = {}
 
-# What the backbones call the fields of FeedbackConfig; where a name is missing here, it is the same.
+# Names that backbones have for fields of FeedbackConfig, where they differ; None where a backbone has no such field.
 BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
     "gpt2": {"intermediate_size": "n_inner", "hidden_act": "activation_function", "num_key_value_heads": None},
     "gemma2": {"hidden_act": "hidden_activation"},
     "gemma3_text": {"hidden_act": "hidden_activation"},
     **{name: {"num_key_value_heads": None} for name in ("gpt_neox", *BIDIRECTIONAL_TYPES)},
 }
-# What a backbone's config says that is not of one of its layers.
+# Fields of a backbone's config that do not describe its layers.
 NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id", "num_hidden_layers", "n_layer", "layer_types")
 SHARED_WITH_BACKBONE = (
     "hidden_size",
@@ -47,7 +49,7 @@ SHARED_WITH_BACKBONE = (
 
 
 def model_type_of(backbone: Any, known: tuple[str, ...] = BACKBONE_TYPES) -> str:
-    """The family that a backbone_config, as a dictionary, is of."""
+    """Return the family that a backbone_config, as a dictionary, names; raise ValueError for unknown ones."""
     if not isinstance(backbone, dict) or not all(isinstance(name, str) for name in backbone):
         raise ValueError(
             f"backbone_config is {backbone!r}; give the name of a family, a dictionary or a config of transformers."
@@ -59,7 +61,7 @@ def model_type_of(backbone: Any, known: tuple[str, ...] = BACKBONE_TYPES) -> str
 
 
 def shared_names(model_type: str) -> dict[str, str]:
-    """Our name -> the backbone's, of the fields that both configs have."""
+    """Return {our name: the backbone's name} of the fields that both configs have."""
     names = BACKBONE_NAMES.get(model_type, {})
     both = {name: names.get(name, name) for name in SHARED_WITH_BACKBONE}
     return {ours: theirs for ours, theirs in both.items() if theirs is not None}

@@ -1,10 +1,18 @@
-"""PRESETS: published architectures, as fields of FeedbackConfig."""
+"""PRESETS: small architectures in the spirit of published ones, as fields of FeedbackConfig.
+
+None computes the function of its paper or of the authors' code, so published weights can't be loaded into it. All
+share the blocks of this package: Llama layers (RMS norms before attention and MLP, SwiGLU, rotary positions), a norm
+of the fed-back signal, a first pass that reads zeros, and a norm before the readout. Each comment names further
+differences. Sizes are small defaults to override.
+"""
 
 from typing import Any
 
-# Each built only from the fields of FeedbackConfig; the sizes are small defaults to override.
 PRESETS: dict[str, dict[str, Any]] = {
-    # Fan et al. 2020, arXiv:2002.09402: all layers attend to one memory of merged past layer states.
+    # In the spirit of the Feedback Transformer (Fan et al. 2020, arXiv:2002.09402): all layers attend to one memory of
+    # merged past layer states. Its code has layer norms with biases, relative positions as in T5, GEGLU, one key and
+    # value projection that reads the raw memory, and no attention at the first token. Here keys and values are made of
+    # the normed memory by the first layer's projections, and each position also attends to itself.
     "feedback-transformer": {
         "feedback_axis": "time",
         "feedback_type": "transformer",
@@ -14,7 +22,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_type": "mlp",
         "num_decoder_layers": 0,
     },
-    # Zhang 2026, Recurrent Looped Transformer: the top state of a token enters the next token through a gate.
+    # In the spirit of the Recurrent Looped Transformer (Zhang 2026): the top state of a token enters the next token
+    # through a gate. It was not compared with the authors' code.
     "recurrent-looped": {
         "feedback_axis": "time",
         "feedback_type": "transformer",
@@ -24,7 +33,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_type": "mlp",
         "num_decoder_layers": 0,
     },
-    # Geiping et al. 2025, arXiv:2502.05171 (Huginn): s_i = R(A[s_{i-1}; e]), gradient through the last 8 passes.
+    # In the spirit of Huginn (Geiping et al. 2025, arXiv:2502.05171): s_i = R(A[s_{i-1}; e]), with the gradient of the
+    # last 8 passes. Huginn begins at a random state, feeds the state back without a norm, has norms on the residual
+    # sums too, scales the embeddings by the root of the hidden size, has a norm before the coda, and draws the number
+    # of passes in training.
     "recurrent-depth": {
         "feedback_axis": "depth",
         "feedback_type": "transformer",
@@ -35,8 +47,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_feedback_layers": 2,
         "num_decoder_layers": 1,
     },
-    # Jolicoeur-Martineau 2025, arXiv:2510.04871 (TRM), its single-latent variant: two layers, the input added at
-    # every pass, an answer supervised after every pass.
+    # In the spirit of the Tiny Recursive Model (Jolicoeur-Martineau 2025, arXiv:2510.04871) with a single latent: two
+    # layers, the input added at every pass, an answer supervised after every pass. TRM begins at learned vectors,
+    # feeds the latent back as it is, has norms without weights behind attention and MLP, refines the answer by steps
+    # without input, scales the embeddings, cuts the gradient between supervised steps, and learns when to halt.
     "tiny-recursive": {
         "feedback_axis": "depth",
         "feedback_type": "transformer",
@@ -49,7 +63,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_type": "mlp",
         "num_decoder_layers": 0,
     },
-    # Cho et al. 2014, arXiv:1406.1078, behind the gated input layer that every model here has.
+    # The GRU of Cho et al. 2014 (arXiv:1406.1078) in the form of torch.nn.GRU, behind the gated input layer and before
+    # the norm that every model here has.
     "gru": {
         "feedback_axis": "time",
         "feedback_type": "gru",
@@ -58,7 +73,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_type": "mlp",
         "num_decoder_layers": 0,
     },
-    # Hochreiter & Schmidhuber 1997, behind the same input layer.
+    # The LSTM of Hochreiter & Schmidhuber 1997 with forget gates, in the form of torch.nn.LSTM, between the
+    # same parts.
     "lstm": {
         "feedback_axis": "time",
         "feedback_type": "lstm",
@@ -67,7 +83,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "decoder_type": "mlp",
         "num_decoder_layers": 0,
     },
-    # Jordan 1986, Serial order: the network's own output is the context of its next step.
+    # In the spirit of Jordan 1986 (Serial order): the network's own output is the context of its next step. Jordan's
+    # context units decay, where here the last prediction alone is embedded, normed and added.
     "jordan": {
         "feedback_axis": "time",
         "feedback_type": "mlp",

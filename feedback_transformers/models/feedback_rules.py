@@ -1,4 +1,4 @@
-"""What a FeedbackConfig may not say: `check` refuses it with a sentence that says what to change."""
+"""Rules that a FeedbackConfig has to keep; a broken one is an error that says what to change."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .feedback_names import BIDIRECTIONAL_TYPES, CHOICES, DIAGONAL_TYPES, RECURR
 
 logger = logging.get_logger(__name__)
 
-LARGEST = 2**31  # no dimension of a tensor, and no number of steps, comes near
-MOST_LAYERS = 10_000  # configs of transformers list what they are, one by one
+LARGEST = 2**31  # sizes and numbers of steps stay far below
+MOST_LAYERS = 10_000  # configs of transformers hold a list with an entry for each layer
 ATTENTIONS = ("full_attention", "sliding_attention")
 LAYERS = ("num_encoder_layers", "num_feedback_layers", "num_decoder_layers")
 AT_LEAST = {
@@ -25,12 +25,12 @@ AT_LEAST = {
     **dict.fromkeys(("feedback_interval", "num_feedback_steps", "solver_steps", "solver_block_size"), 1),
     **dict.fromkeys(("patch_size", "image_size", "num_channels", "prediction_length"), 1),
 }
-LARGEST_WEIGHT = 1000  # of anything that is multiplied; far beyond, float32 ends in nan
+LARGEST_WEIGHT = 1000  # for factors and deviations; far above it, float32 overflows
 WEIGHTS = ("feedback_noise", "initializer_range", "halting_weight")
 
 
 def check(config: Any) -> None:
-    """Raises ValueError for the first rule that `config`, a FeedbackConfig, breaks."""
+    """Raise ValueError for the first rule that a FeedbackConfig breaks, and warn of fields that nothing reads."""
     for rule in (
         numbers,
         labels,
@@ -49,23 +49,35 @@ def check(config: Any) -> None:
 
 
 def check_sizes(config: Any, model_type: str) -> None:
-    """Those that the config of a backbone is made of, so that this comes before all other rules."""
+    """Check the sizes that the backbone's config is made of, before that is made."""
     refuse(sizes(config, model_type))
 
 
 def check_windows(config: Any) -> None:
-    """Which are set on a live model too, so that each call asks."""
+    """Check sliding windows, which may be changed on a live model, so that each call checks them."""
     refuse(windows(config))
 
 
 def check_given(config: Any, others: dict[str, Any]) -> None:
-    """What transformers would stumble over; `others` are its arguments that are not fields."""
+    """Check what transformers would stumble over; `others` are arguments that are not fields."""
     refuse(given(config, others))
 
 
 def refuse(sentences: Iterator[str]) -> None:
+    """Raise ValueError with the first sentence, if there is one."""
     for sentence in sentences:
         raise ValueError(sentence)
+
+
+def needs(config: Any, what: str, **allowed: tuple) -> Iterator[str]:
+    """Yield a sentence that names the fields which are not as `what` needs them, and no others."""
+    wrong = [
+        f"{name}={' or '.join(map(repr, values))}"
+        for name, values in allowed.items()
+        if getattr(config, name) not in values
+    ]
+    if wrong:
+        yield f"{what} needs {' and '.join(wrong)}."
 
 
 def whole(name: str, value: Any, least: int = 1) -> Iterator[str]:
@@ -106,13 +118,27 @@ def numbers(config: Any) -> Iterator[str]:
         )
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
-            yield f"Unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}."
+            came = (
+                ""
+                if not config.plugins
+                else (
+                    f" Its code came along in {', '.join(config.plugins)}: import that file, or load the model with "
+                    "trust_remote_code=True and from_pretrained of a FeedbackFor... class."
+                )
+            )
+            yield f"Unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}.{came}"
     if config.hidden_act != "rrelu" and config.hidden_act not in ACT2FN:
         yield f"Unknown hidden_act {config.hidden_act!r}; choose rrelu or one of {', '.join(ACT2FN)}."
     for name, least in AT_LEAST.items():
         yield from whole(name, getattr(config, name), least)
     if config.gradient_steps is not None:
         yield from whole("gradient_steps", config.gradient_steps)
+    trained = config.trained_feedback_steps
+    if trained is not None:
+        for steps in trained:
+            yield from whole("trained_feedback_steps", steps)
+        if len(trained) != 2 or trained[0] > trained[1]:
+            yield f"trained_feedback_steps is {trained}; it must be [fewest, most]."
     # Comparisons in this direction refuse nan too.
     for name in WEIGHTS:
         value = getattr(config, name)
@@ -136,7 +162,7 @@ def labels(config: Any) -> Iterator[str]:
         token = getattr(config, name)
         if token is not None and not 0 <= token < config.vocab_size:
             yield f"{name} is {token}; it must be at least 0 and below vocab_size, {config.vocab_size}."
-    for name in ("bos_token_id", "eos_token_id"):  # of an original, they may be outside of a smaller vocabulary
+    for name in ("bos_token_id", "eos_token_id"):  # a smaller vocabulary may not have those of the original
         tokens = getattr(config, name)
         for token in tokens if isinstance(tokens, list) else [tokens]:
             if token is not None:
@@ -144,7 +170,7 @@ def labels(config: Any) -> Iterator[str]:
 
 
 def backbones(config: Any) -> Iterator[str]:
-    """What the configs of transformers do not check."""
+    """Check what the configs of transformers do not."""
     backbone = config.backbone_config
     head_dim = getattr(backbone, "head_dim", None)
     if head_dim is not None:
@@ -152,10 +178,8 @@ def backbones(config: Any) -> Iterator[str]:
         if head_dim % 2:
             yield f"head_dim of backbone_config is {head_dim}; rotary positions need an even number."
     rope = getattr(backbone, "rope_parameters", None) or {}
-    for parameters in (
-        rope,
-        *(each for each in rope.values() if isinstance(each, dict)),
-    ):  # one for each kind of layer
+    by_kind = (each for each in rope.values() if isinstance(each, dict))  # Gemma 3 has one for each kind of layer
+    for parameters in (rope, *by_kind):
         kind = parameters.get("rope_type", "default")
         if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
             yield f"Unknown rope_type {kind!r} in backbone_config; choose default or {', '.join(ROPE_INIT_FUNCTIONS)}."
@@ -171,7 +195,8 @@ def windows(config: Any) -> Iterator[str]:
     if set(kinds) - set(ATTENTIONS):
         given = ", ".join(map(str, set(kinds)))
         yield f"layer_types of backbone_config has {given}; choose out of {', '.join(ATTENTIONS)}."
-    own = config.retrofitted_from is not None and getattr(backbone, "use_sliding_window", False)  # of deeper layers
+    # A retrofitted Qwen may have a window that begins at layers deeper than it has.
+    own = config.retrofitted_from is not None and getattr(backbone, "use_sliding_window", False)
     if window is not None and kinds and not own and "sliding_attention" not in kinds:
         yield (
             f"sliding_window of backbone_config is {window} and its layer_types has no sliding_attention: name the "
@@ -190,10 +215,12 @@ def combinations(config: Any) -> Iterator[str]:
         if there is not None and here != there:
             named = "" if ours == theirs else f"{theirs}="
             yield f"{ours} is {here!r} here and {named}{there!r} in backbone_config: set both to the same."
-    if config.shared_step_cache and (config.feedback_axis, config.feedback_type) != ("depth", "transformer"):
-        yield (
-            "shared_step_cache is for the keys and values of passes: it needs feedback_axis='depth' and "
-            "feedback_type='transformer'."
+    if config.shared_step_cache:
+        yield from needs(
+            config,
+            "shared_step_cache, which is for keys and values of passes,",
+            feedback_axis=("depth",),
+            feedback_type=("transformer",),
         )
     if config.feedback_interval > 1 and config.feedback_axis == "depth":
         yield "feedback_interval counts positions, so it needs feedback_axis='time'; set it to 1."
@@ -224,26 +251,46 @@ def solvers(config: Any) -> Iterator[str]:
         yield f"solver={config.solver!r} is for feedback_axis='time'; in depth use 'sequential', pass by pass."
     if config.solver_tolerance is not None and config.feedback_axis == "depth":
         yield "solver_tolerance is for the solvers of feedback_axis='time'; in depth use halting='converged'."
-    if config.solver == "newton" and (config.feedback_type not in DIAGONAL_TYPES or config.feedback_signal != "none"):
-        yield (
-            "solver='newton' solves recurrences of single channels: it needs feedback_signal='none' and a "
-            f"feedback_type out of {', '.join(DIAGONAL_TYPES)}."
+    if config.solver == "newton":
+        yield from needs(
+            config,
+            "solver='newton', which solves recurrences of single channels,",
+            feedback_signal=("none",),
+            feedback_type=DIAGONAL_TYPES,
         )
 
 
 def unread(config: Any) -> Iterator[str]:
-    """What somebody set and nothing reads."""
-    depth, passes = config.feedback_axis == "depth", "set solver='jacobi' and solver_steps for passes"
+    """Yield a sentence for each field that was set and that nothing reads."""
+    depth, solver = config.feedback_axis == "depth", config.solver
+    if config.feedback_signal == "none":
+        passes = "use feedback_axis='depth' for passes"
+    elif config.in_passes:
+        passes = "set solver_steps for its passes"
+    else:
+        passes = "set solver='jacobi' and solver_steps for passes"
+    fixed = "with halting='fixed': set halting='converged', 'learned' or 'act'"
     idle = {
         "num_feedback_steps": (not depth, f"with feedback_axis='time': {passes}"),
-        "solver_steps": (depth, "with feedback_axis='depth': set num_feedback_steps for its passes"),
-        "solver_tolerance": (config.solver == "sequential" and not depth, f"with solver='sequential': {passes}"),
-        "solver_block_size": (config.solver != "gauss_seidel", "but with solver='gauss_seidel': set that"),
+        "solver_steps": (
+            not config.in_passes or depth,
+            "with feedback_axis='depth': set num_feedback_steps for its passes"
+            if depth
+            else f"with solver={solver!r}: it is for 'jacobi' and 'gauss_seidel'",
+        ),
+        "solver_tolerance": (
+            solver == "sequential" and not depth,
+            "with solver='sequential': it is for 'jacobi', 'gauss_seidel' and 'newton'",
+        ),
+        "solver_block_size": (solver != "gauss_seidel", f"with solver={solver!r}: it is for 'gauss_seidel'"),
         "supervision": (not config.in_passes, f"with one pass in order: {passes}"),
-        "halting_threshold": (config.halting == "fixed", "with halting='fixed': set halting='converged'"),
-        "halting_measure": (config.halting == "fixed", "with halting='fixed': set halting='converged'"),
-        "halting_prior": (config.halting != "learned", "but with halting='learned': set that"),
-        "halting_weight": (config.halting not in ("learned", "act"), "but with halting='learned' or 'act': set one"),
+        "halting_threshold": (config.halting == "fixed", fixed),
+        "halting_measure": (config.halting == "fixed", "with halting='fixed': it is for 'converged'"),
+        "halting_prior": (config.halting != "learned", f"with halting={config.halting!r}: it is for 'learned'"),
+        "halting_weight": (
+            config.halting not in ("learned", "act"),
+            f"with halting={config.halting!r}: it is for 'learned' and 'act'",
+        ),
     }
     for name, (unused, why) in idle.items():
         if unused and getattr(config, name) != getattr(type(config), name):
@@ -260,11 +307,12 @@ def haltings(config: Any) -> Iterator[str]:
             f"halting_threshold is {config.halting_threshold}; halting={halting!r} compares it with a "
             "probability: give at most 1."
         )
-    if config.feedback_signal == "none" or not config.in_passes or config.solver == "gauss_seidel":
-        yield (
-            f"halting={halting!r} stops passes: it needs feedback to them, on feedback_axis='depth' or with "
-            "solver='jacobi'."
-        )
+    what = f"halting={halting!r}, which stops passes,"
+    yield from needs(config, what, feedback_signal=("state", "output"))
+    if not config.in_passes:
+        yield f"{what} needs feedback_axis='depth' or solver='jacobi'."
+    if config.solver == "gauss_seidel":
+        yield f"{what} does not go with solver='gauss_seidel': set solver='jacobi'."
     if config.feedback_axis == "time" and config.feedback_type in RECURRENT_TYPES:
         yield (
             f"halting={halting!r} can't stop a position that a recurrence along time goes through: use "
@@ -288,15 +336,14 @@ def haltings(config: Any) -> Iterator[str]:
 def memories(config: Any) -> Iterator[str]:
     if config.feedback_connection != "memory":
         return
-    if (
-        (config.feedback_type, config.feedback_axis) != ("transformer", "time")
-        or config.solver not in ("sequential", "jacobi")
-        or config.halting != "fixed"
-    ):
-        yield (
-            "feedback_connection='memory' needs feedback_type='transformer', feedback_axis='time', "
-            "solver='sequential' or 'jacobi', and halting='fixed'."
-        )
+    yield from needs(
+        config,
+        "feedback_connection='memory'",
+        feedback_type=("transformer",),
+        feedback_axis=("time",),
+        solver=("sequential", "jacobi"),
+        halting=("fixed",),
+    )
     if config.backbone_config.model_type == "gpt2":
         yield (
             "feedback_connection='memory' needs a backbone with separate key and value projections: "
@@ -327,16 +374,16 @@ def retrofits(config: Any) -> Iterator[str]:
             f"{' + '.join(map(str, layers))} layers are not the {there} of the retrofitted model: change "
             "num_encoder_layers, num_feedback_layers or num_decoder_layers."
         )
-    if (
-        {config.encoder_type, config.feedback_type, config.decoder_type} != {"transformer"}
-        or config.feedback_connection == "memory"
-        or config.share_encoder_decoder
-        or config.is_encoder_decoder
-    ):
-        yield (
-            "A retrofitted model is made of its own layers: it needs encoder_type, feedback_type and decoder_type "
-            "'transformer', another feedback_connection than 'memory', no shared or separate encoder."
-        )
+    yield from needs(
+        config,
+        "A retrofitted model, which is made of the original's layers,",
+        encoder_type=("transformer",),
+        feedback_type=("transformer",),
+        decoder_type=("transformer",),
+        feedback_connection=("gate", "add", "concat"),
+        share_encoder_decoder=(False,),
+        is_encoder_decoder=(False,),
+    )
     if config.is_causal != (family not in BIDIRECTIONAL_TYPES):
         yield f"A retrofitted {family} can't have is_causal={config.is_causal}."
     if not config.is_causal and config.feedback_axis == "time":

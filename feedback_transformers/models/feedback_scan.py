@@ -1,7 +1,7 @@
-"""Recurrences h_t = f(x_t, h_{t-1}): one step each, and the loop over positions.
+"""Recurrences h_t = f(x_t, h_{t-1}): one step of each, and the loop over positions.
 
-`scan_reference` is the definition. `scan` computes the same by the fastest way that is safe: a kernel of
-feedback_kernels.py where numba is installed (`kernel_available`), else torch's own or a formula in plain torch.
+`scan_reference` is the definition. `scan` computes the same in the fastest safe way: by a kernel of feedback_fused.py
+where numba is installed (`kernel_available`), else by torch's own kernel or a formula in plain torch.
 
 Shapes: B batch, T positions, D hidden size, G gates of the recurrence.
 """
@@ -18,23 +18,28 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_cache import Context
+from .feedback_cache import Context, wide
+from .feedback_padding import fixed_length, real_first
 
 
 class GRUState(NamedTuple):
-    h: Tensor  # [..., D] float32
+    """State of a GRU."""
+
+    h: Tensor  # [..., D] float32 at least
 
 
 class LSTMState(NamedTuple):
-    h: Tensor  # [..., D] float32
-    c: Tensor  # [..., D] float32
+    """State of an LSTM: its output and its cell."""
+
+    h: Tensor  # [..., D] float32 at least
+    c: Tensor  # [..., D] float32 at least
 
 
-State = Any  # GRUState or LSTMState, whichever the recurrence has
+State = Any  # GRUState or LSTMState, as the recurrence has it
 
 
 class Diagonal(nn.Module):
-    """`num_gates` diagonal maps of one vector: [..., D] -> [..., G·D]."""
+    """Apply G diagonal matrices to a vector: [..., D] -> [..., G·D]."""
 
     def __init__(self, size: int, num_gates: int) -> None:
         super().__init__()
@@ -47,45 +52,63 @@ class Diagonal(nn.Module):
         return (h.unsqueeze(-2) * self.weight).flatten(-2)
 
 
-class GRU(nn.Module):
+class Recurrence(nn.Module):
+    """Base of recurrences: a subclass defines `step`, and `num_gates` if it projects its input to more than [..., D].
+
+    `fused` and `native_step` are for those that have a faster way than `step`, position by position; see GRU.
+    """
+
+    num_gates = 1
+    state_type: Any = GRUState
+    fused: Any = None
+    native_step: Any = None
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.input_proj = nn.Linear(size, self.num_gates * size)
+
+    def initial_state(self, x: Tensor) -> State:
+        """Return zeros for inputs [..., D]."""
+        return self.state_type(*(wide(torch.zeros_like(x)) for _ in self.state_type._fields))
+
+    def step(self, gates: Tensor, state: State) -> State:
+        """Return the state after one step, from the projected input [..., G·D]; its first field is h [..., D]."""
+        raise NotImplementedError
+
+
+class GRU(Recurrence):
     """Gated recurrent unit, Cho et al. 2014 (arXiv:1406.1078), in the form of torch.nn.GRUCell:
 
     r, z = σ(W x + U h)    n = tanh(W_n x + r ∘ U_n h)    h' = (1 - z) ∘ n + z ∘ h
     """
 
     num_gates = 3
-    state_type: Any = GRUState
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.input_proj = nn.Linear(size, self.num_gates * size)
+        super().__init__(size)
         self.add_state_projection(size)
 
     def add_state_projection(self, size: int) -> None:
         self.state_proj = nn.Linear(size, self.num_gates * size)
 
     def project_state(self, h: Tensor) -> Tensor:
-        """[..., D] -> [..., 3D]"""
+        """Return U h: [..., D] -> [..., 3D]."""
         return self.state_proj(h)
 
-    def initial_state(self, x: Tensor) -> GRUState:
-        """Zeros for inputs [..., D]."""
-        return GRUState(torch.zeros_like(x, dtype=torch.float32))
-
     def step(self, gates: Tensor, state: GRUState) -> GRUState:
-        """One step from the projected input [..., 3D]."""
+        """Make one step from the projected input [..., 3D]."""
         r_x, z_x, n_x = gates.chunk(3, dim=-1)
         r_h, z_h, n_h = self.project_state(state.h.to(gates.dtype)).chunk(3, dim=-1)
         r, z = torch.sigmoid(r_x + r_h), torch.sigmoid(z_x + z_h)
         n = torch.tanh(n_x + r * n_h)
-        return GRUState(torch.lerp(n.float(), state.h, z.float()))
+        return GRUState(torch.lerp(wide(n), wide(state.h), wide(z)))
 
     def native_step(self, x: Tensor, state: GRUState) -> GRUState:
-        """One step from the input [B, D], by torch's cell."""
+        """Make one step from the input [B, D], by torch's cell."""
         return GRUState(torch.gru_cell(x, state.h, *_weights(self)))
 
     def fused(self, x: Tensor, state: GRUState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, GRUState]:
-        """All positions [B, T, D] at once, by our kernel or torch's."""
+        """Return h at all positions [B, T, D] and the last state, by our kernel or torch's."""
         weight, bias = self.state_proj.weight, self.state_proj.bias
         if compiled := kernel("gru", x, weight, state.h):
             h = compiled(self.input_proj(x), weight, bias, state.h, mask, reverse)
@@ -97,18 +120,18 @@ class GRU(nn.Module):
 
 
 class DiagonalGRU(GRU):
-    """A GRU whose recurrent matrices are diagonal: no channel reads another's state."""
+    """GRU with diagonal recurrent matrices, so that no channel reads another channel's state."""
 
     native_step = None  # type: ignore[assignment]
 
     def add_state_projection(self, size: int) -> None:
-        self.diagonal = Diagonal(size, self.num_gates)  # another name, since PEFT's default targets are found by name
+        self.diagonal = Diagonal(size, self.num_gates)  # its own name, as PEFT finds its default targets by name
 
     def project_state(self, h: Tensor) -> Tensor:
         return self.diagonal(h)
 
     def fused(self, x: Tensor, state: GRUState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, GRUState]:
-        """All positions [B, T, D] at once; only where `can_compile` says so."""
+        """Return h at all positions [B, T, D] and the last state; only where `can_compile` is True."""
         compiled: Any = kernel("diagonal_gru", x)
         h = compiled(self.input_proj(x), self.diagonal.weight, state.h, mask, reverse)
         return h, GRUState(last(h, reverse))
@@ -119,29 +142,29 @@ class MinGRU(GRU):
 
     z = σ(W_z x)    n = g(W_n x)    h' = (1 - z) ∘ h + z ∘ n    g(x) = x + 1/2 for x >= 0, else σ(x)
 
-    No gate reads the state, so it is linear in h, and all positions can be solved at once.
+    No gate reads the state, so the step is linear in h, and all positions can be solved at once.
     """
 
     num_gates = 2
     native_step = None  # type: ignore[assignment]
 
     def add_state_projection(self, size: int) -> None:
-        """It has none."""
+        """Add nothing: no gate reads the state."""
 
     def coefficients(self, gates: Tensor) -> tuple[Tensor, Tensor]:
-        """a and b of h' = a ∘ h + b, float32: [..., 2D] -> twice [..., D]"""
+        """Return a and b of h' = a ∘ h + b, in float32 at least: [..., 2D] -> twice [..., D]."""
         n_x, z_x = gates.chunk(2, dim=-1)
-        n = torch.where(n_x >= 0, n_x + 0.5, torch.sigmoid(n_x)).float()
-        z = torch.sigmoid(z_x).float()
+        n = wide(torch.where(n_x >= 0, n_x + 0.5, torch.sigmoid(n_x)))
+        z = wide(torch.sigmoid(z_x))
         return 1 - z, z * n
 
     def step(self, gates: Tensor, state: GRUState) -> GRUState:
-        """One step from the projected input [..., 2D]."""
+        """Make one step from the projected input [..., 2D]."""
         a, b = self.coefficients(gates)
         return GRUState(a * state.h + b)
 
     def fused(self, x: Tensor, state: GRUState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, GRUState]:
-        """All positions [B, T, D] at once."""
+        """Return h at all positions [B, T, D] and the last state, by a linear scan."""
         gates = self.input_proj(x)
         if compiled := kernel("min_gru", gates, state.h):
             h = compiled(gates, state.h, mask, reverse)
@@ -153,7 +176,7 @@ class MinGRU(GRU):
         return h.to(x.dtype), GRUState(last(h, reverse))
 
 
-class LSTM(nn.Module):
+class LSTM(Recurrence):
     """Long short-term memory, Hochreiter & Schmidhuber 1997, in the form of torch.nn.LSTMCell:
 
     i, f, o = σ(W x + U h)    c' = f ∘ c + i ∘ tanh(W_g x + U_g h)    h' = o ∘ tanh(c')
@@ -163,31 +186,25 @@ class LSTM(nn.Module):
     state_type: Any = LSTMState
 
     def __init__(self, size: int) -> None:
-        super().__init__()
-        self.input_proj = nn.Linear(size, self.num_gates * size)
+        super().__init__(size)
         self.state_proj = nn.Linear(size, self.num_gates * size)
 
-    def initial_state(self, x: Tensor) -> LSTMState:
-        """Zeros for inputs [..., D]."""
-        zeros = torch.zeros_like(x, dtype=torch.float32)
-        return LSTMState(zeros, zeros)
-
     def step(self, gates: Tensor, state: LSTMState) -> LSTMState:
-        """One step from the projected input [..., 4D]."""
-        i, f, g, o = (gates + self.state_proj(state.h.to(gates.dtype))).float().chunk(4, dim=-1)
+        """Make one step from the projected input [..., 4D]."""
+        i, f, g, o = wide(gates + self.state_proj(state.h.to(gates.dtype))).chunk(4, dim=-1)
         c = torch.sigmoid(f) * state.c + torch.sigmoid(i) * torch.tanh(g)
         return LSTMState(torch.sigmoid(o) * torch.tanh(c), c)
 
     def native_step(self, x: Tensor, state: LSTMState) -> LSTMState:
-        """One step from the input [B, D], by torch's cell."""
+        """Make one step from the input [B, D], by torch's cell."""
         return LSTMState(*torch.lstm_cell(x, state, *_weights(self)))
 
     def fused(self, x: Tensor, state: LSTMState, mask: Tensor | None, reverse: bool) -> tuple[Tensor, LSTMState]:
-        """torch's kernel over all positions [B, T, D]."""
+        """Return h at all positions [B, T, D] and the last state, by torch's kernel."""
         real, weights = RealFirst(x, mask, reverse), _weights(self)
         if mask is not None:
-            # It returns c at the end only, padding included. One more input, 1 where there is padding, keeps c as it
-            # is from there on: σ of ±1e4 is exactly 1 for the forget gate and 0 for the input gate.
+            # The kernel returns c after padding too. One more input, 1 at padding, keeps c from there on: it moves the
+            # forget gate to σ(1e4), exactly 1, and the input gate to σ(-1e4), exactly 0.
             real.x = torch.cat([real.x, real.padding.to(x.dtype)], dim=-1)
             i, f, g, o = x.new_zeros(4, x.shape[-1], 1).add(x.new_tensor([-1e4, 1e4, 0, 0])[:, None, None])
             weights[0] = torch.cat([weights[0], torch.cat([i, f, g, o])], dim=1)
@@ -197,7 +214,7 @@ class LSTM(nn.Module):
         return h, LSTMState(last(h, reverse), last_c[0])
 
 
-RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {
+RECURRENCES: dict[str, type[Recurrence]] = {
     "gru": GRU,
     "lstm": LSTM,
     "diagonal_gru": DiagonalGRU,
@@ -206,12 +223,14 @@ RECURRENCES: dict[str, type[GRU] | type[LSTM]] = {
 
 
 def scan(
-    cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
+    cell: Recurrence, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
-    """h_t [B, T, D] and the last state, over inputs [B, T, D]; where mask [B, T] is False nothing changes."""
-    if x.shape[1] > 1 and (can_fuse(cell, x) or can_compile(cell, x)):  # a single step is the cell itself
+    """Return h [B, T, D] and the last state for inputs [B, T, D]; where mask [B, T] is False nothing changes."""
+    length = fixed_length(x.shape[1])
+    fusable = cell.fused is not None and (can_fuse(cell, x) or can_compile(cell, x))
+    if length > 1 and fusable:  # a single step needs no scan
         return cell.fused(x, state, mask, reverse)
-    decodes = x.shape[1] == 1 and mask is None and not torch.is_grad_enabled()
+    decodes = length == 1 and mask is None and not torch.is_grad_enabled()
     if decodes and cell.native_step is not None and can_fuse(cell, x):
         state = cell.native_step(x[:, 0], state)
         return state.h[:, None], state
@@ -219,9 +238,9 @@ def scan(
 
 
 def scan_reference(
-    cell: GRU | LSTM, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
+    cell: Recurrence, x: Tensor, state: State, mask: Tensor | None = None, reverse: bool = False
 ) -> tuple[Tensor, State]:
-    """`scan`, position by position."""
+    """Compute `scan` position by position."""
     gates = cell.input_proj(x)
     h: list[Tensor] = []
     for t in reversed(range(x.shape[1])) if reverse else range(x.shape[1]):
@@ -234,7 +253,7 @@ def scan_reference(
 
 
 def linear_scan(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
-    """h_t = a_t ∘ h_{t-1} + b_t from h_{-1} = start: a and b [B, T, D], start [B, D] -> [B, T, D].
+    """Solve h_t = a_t ∘ h_{t-1} + b_t from h_{-1} = start: a and b [B, T, D], start [B, D] -> [B, T, D].
 
     Reversed, h_t = a_t ∘ h_{t+1} + b_t from h_T = start.
     """
@@ -244,7 +263,7 @@ def linear_scan(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> T
 
 
 def linear_scan_reference(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
-    """`linear_scan`, position by position."""
+    """Compute `linear_scan` position by position."""
     h = [start]
     for t in reversed(range(a.shape[1])) if reverse else range(a.shape[1]):
         h.append(a[:, t] * h[-1] + b[:, t])
@@ -252,14 +271,14 @@ def linear_scan_reference(a: Tensor, b: Tensor, start: Tensor, reverse: bool = F
 
 
 def linear_scan_parallel(a: Tensor, b: Tensor, start: Tensor, reverse: bool = False) -> Tensor:
-    """`linear_scan` in 2·log T steps and work O(T), with neither division nor logarithm."""
+    """Compute `linear_scan` in 2·log T steps and O(T) work, without divisions or logarithms."""
     if reverse:
         return linear_scan_parallel(a.flip(1), b.flip(1), start).flip(1)
     return _from_zero(a, torch.cat([a[:, :1] * start[:, None] + b[:, :1], b[:, 1:]], dim=1))
 
 
 def _from_zero(a: Tensor, b: Tensor) -> Tensor:
-    """Two neighbours are one step of a scan half as long, which gives h_1, h_3, …; from these follow h_2, h_4, …"""
+    """Join neighbours to a scan of half the length, which gives h_1, h_3, …, and compute h_2, h_4, … from these."""
     length = a.shape[1]
     if length == 1:
         return b
@@ -271,46 +290,44 @@ def _from_zero(a: Tensor, b: Tensor) -> Tensor:
 
 
 class RealFirst:
-    """Inputs [B, T, D] in the order of the walk with the real positions first, for kernels that know no mask."""
+    """Inputs [B, T, D] in the order of the walk, real positions first, for kernels without a mask."""
 
     def __init__(self, x: Tensor, mask: Tensor | None, reverse: bool) -> None:
         self.x, self.reverse, self.seen = x.flip(1) if reverse else x, reverse, None
         if mask is not None:
             mask = mask.flip(1) if reverse else mask
-            order = (~mask).byte().argsort(dim=1, stable=True)[..., None].expand_as(x)
-            self.x = torch.where(mask[..., None], self.x, 0.0).gather(1, order)
-            self.seen = mask.cumsum(1)[..., None]  # [B, T, 1] real positions up to here
-            self.padding = (~mask).sort(dim=1).values[..., None]  # [B, T, 1] of x as it is now
+            order = real_first(mask)[..., None]
+            self.x = torch.where(mask[..., None], self.x, 0.0).gather(1, order.expand_as(x))
+            self.seen = mask.cumsum(1)[..., None]  # [B, T, 1] number of real positions so far
+            self.padding = ~mask[..., None].gather(1, order)  # [B, T, 1] in the new order of x
 
     def restore(self, h: Tensor, start: Tensor) -> Tensor:
-        """h [B, T, D] at the positions of the call; at padding that of before, at first `start` [B, D]."""
+        """Return h [B, T, D] in the order of the call; padding gets the h before it, or `start` [B, D]."""
         if self.seen is not None:
             h = torch.cat([start[:, None], h], dim=1).gather(1, self.seen.expand_as(h))
         return h.flip(1) if self.reverse else h
 
 
 def last(h: Tensor, reverse: bool) -> Tensor:
-    """The state after the walk: [B, T, D] -> [B, D]"""
+    """Return the state after the walk: [B, T, D] -> [B, D]."""
     return h[:, 0 if reverse else -1]
 
 
-def can_fuse(cell: GRU | LSTM, x: Tensor) -> bool:
-    """torch's kernel reads the weights itself: only plain float32 layers, which no adapter wraps, may go there.
-
-    The linear scan of a MinGRU reads none.
-    """
+def can_fuse(cell: Recurrence, x: Tensor) -> bool:
+    """Return whether torch's kernel may run: it reads the weights itself, which must be plain float32 layers without
+    adapters. The linear scan of a MinGRU reads no weights."""
     if isinstance(cell, MinGRU):
         return True
     return all(is_plain(m, nn.Linear, x) for m in (cell.input_proj, getattr(cell, "state_proj", None)))
 
 
-def can_compile(cell: GRU | LSTM, x: Tensor) -> bool:
-    """A diagonal GRU has no kernel in torch, and may go to ours, which reads the diagonal itself."""
+def can_compile(cell: Recurrence, x: Tensor) -> bool:
+    """Return whether our kernel may run a diagonal GRU, for which torch has none; it reads the diagonal itself."""
     return isinstance(cell, DiagonalGRU) and is_plain(cell.diagonal, Diagonal, x) and kernel("gru", x) is not None
 
 
 def is_plain(module: Any, kind: type[nn.Module], x: Tensor) -> bool:
-    """Whether reading the float32 weight is the same as calling the module on x."""
+    """Return whether reading the module's float32 weight gives the same as calling it on x."""
     return (
         type(module) is kind
         and type(module.weight) is nn.Parameter  # not of a quantizer
@@ -323,12 +340,12 @@ def is_plain(module: Any, kind: type[nn.Module], x: Tensor) -> bool:
 
 
 def kernel_available() -> bool:
-    """Whether numba is there to compile the kernels for the CPU."""
+    """Return whether numba is installed, which compiles the kernels for the CPU."""
     return bool(_kernels())
 
 
 def kernel(name: str, *tensors: Tensor) -> Callable[..., Tensor] | None:
-    """The compiled form of `name`, if it can run on such tensors: it takes their memory, so they must have some."""
+    """Return the compiled function `name`, or None where it can't read the memory of such tensors."""
     followed = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
     if followed or not all(
         type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors
@@ -339,12 +356,12 @@ def kernel(name: str, *tensors: Tensor) -> Callable[..., Tensor] | None:
 
 @cache
 def _kernels() -> dict[str, Callable[..., Tensor]]:
-    """Imported when the first is asked for: numba is optional, and takes a while to load."""
+    """Import the kernels when one is first asked for: numba is optional and slow to load."""
     if find_spec("numba") is None:
         return {}
     try:
-        from .feedback_kernels import KERNELS
-    except ImportError:  # numba is there, and does not go with the version of numpy
+        from .feedback_fused import KERNELS
+    except ImportError:  # numba does not support the installed numpy
         return {}
     return KERNELS
 
@@ -355,7 +372,7 @@ def _weights(cell: Any) -> list[Tensor]:
 
 
 class RecurrentStack(nn.Module):
-    """Layers of one recurrence over the positions; where not causal, each adds a second one that runs backwards."""
+    """Layers of one recurrence along the positions; without causality, each adds a second one that runs backwards."""
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True, kind: str = "gru") -> None:
         super().__init__()
@@ -365,7 +382,7 @@ class RecurrentStack(nn.Module):
         )
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """[B, T, D] -> [B, T, D], from the state that the context remembers and leaving the new one there."""
+        """Run all layers [B, T, D] -> [B, T, D] from the states in the context, and keep the new ones there."""
         for i, layer in enumerate(self.layers):
             directions: Any = layer
             here, cell = context.for_part(i), directions[0]
@@ -378,6 +395,6 @@ class RecurrentStack(nn.Module):
             x = h
         return x
 
-    def run(self, cell: GRU | LSTM, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
-        """One layer forwards: h [B, T, D] and its last state."""
+    def run(self, cell: Recurrence, x: Tensor, state: State, context: Context) -> tuple[Tensor, State]:
+        """Run one layer forwards; return h [B, T, D] and its last state."""
         return scan(cell, x, state, context.mask)

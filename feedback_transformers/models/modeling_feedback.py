@@ -5,33 +5,28 @@ Shapes: B batch, T positions, P positions in the cache, C channels, D hidden siz
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
-from transformers import initialization as init
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import CONFIG_NAME, ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_backbones import BACKBONES, base_class, initialize
+from .feedback_arguments import PACKED, check_positions, check_types, named_arguments
+from .feedback_backbones import BACKBONES, attention_of, base_class
 from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
-from .feedback_files import check_sums, drop_sums, sha256, write_sums
+from .feedback_layers import TransformerStack
 from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
+from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -67,150 +62,19 @@ class FeedbackModelOutput(ModelOutput):
     halting_loss: Tensor | None = None
 
 
-def check_download(folder: Path) -> int:
-    """Compares the weights in a snapshot of the Hub's cache with the SHA-256 that they are called by; their number.
-
-    huggingface_hub compares the size only. Where the cache has no symbolic links there is no name to compare with.
-    """
-    links = {file: os.path.basename(os.readlink(file)) for file in folder.glob("*.safetensors") if file.is_symlink()}
-    blobs = {file: announced for file, announced in links.items() if len(announced) == 64}  # a shorter name is git's
-    for file, announced in blobs.items():
-        if sha256(file) != announced:
-            raise OSError(
-                f"{file} is not what the Hub announced, its SHA-256 is another one: download it again with "
-                "force_download=True."
-            )
-    return len(blobs)
-
-
-PACKED = "Several texts in one row would read each other: give each a row of its own, with padding."
-
-
-def refuse_arguments(others: dict[str, Any]) -> None:
-    """Of a call, that would change nothing."""
-    if others.get("output_attentions"):
-        raise ValueError("Attention weights are not returned: leave output_attentions out.")
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"):
-        if others.get(name) is not None:
-            raise ValueError(f"{name}: {PACKED}")
-
-
-# What may be added to the body of a trained model, and so begins new; a head is outside of the body.
-ADDED = ("loop.halting.", "loop.cross_attention.")
-
-
-def check_whole(model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Refuses a body with holes, which transformers would fill with random numbers and a warning."""
-    body = "" if isinstance(model, FeedbackModel) else f"{model.base_model_prefix}."
-    holes = sorted(key for key in missing if key.startswith(body) and not key.removeprefix(body).startswith(ADDED))
-    if holes:
-        raise ValueError(
-            f"The checkpoint lacks {len(holes)} weights of the model, such as {holes[0]}: copy it again; if it is of "
-            "another kind of model, make a feedback model of that with feedback_transformers.retrofit; or give "
-            "ignore_mismatched_sizes=True, to begin with random ones."
-        )
-
-
-class FeedbackPreTrainedModel(PreTrainedModel):
-    config: FeedbackConfig
-    config_class = FeedbackConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["FeedbackLoop"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    # Weights of checkpoints of 0.1.0 that have other names now. PEFT knows tied embeddings by the name `embed_tokens`.
-    renamed: ClassVar[dict[str, str]] = {r"embeddings\.tokens\.": "embeddings.embed_tokens."}
-    sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, from safetensors alone: a pickle could run code.
-
-        Refused are weights that are not what was saved (SHA256SUMS), or what the Hub announced; and a checkpoint that
-        lacks weights of the body, unless `ignore_mismatched_sizes=True` says that they may be new, as those of a head.
-        """
-        if kwargs.setdefault("use_safetensors", True) is not True:
-            raise ValueError(
-                "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
-            )
-        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        if folder.is_dir():
-            check_sums(folder)
-        kwargs["key_mapping"] = FeedbackPreTrainedModel.renamed | cls.renamed | (kwargs.get("key_mapping") or {})
-        wanted = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model, info = loaded
-        if not kwargs.get("ignore_mismatched_sizes"):
-            check_whole(model, info["missing_keys"])
-        config = model.config
-        revision = getattr(config, "_commit_hash", None) or kwargs.get("revision")
-        path = f"{kwargs.get('subfolder', '')}/{CONFIG_NAME}".lstrip("/")
-        if not Path(name := str(config.name_or_path)).is_dir():
-            found = try_to_load_from_cache(name, path, kwargs.get("cache_dir"), revision)
-            if isinstance(found, str):
-                check_download(Path(found).parent)
-        return (model, info) if wanted else model
-
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; SHA256SUMS notes the weights, so that damage to them is seen."""
-        if is_main_process:
-            drop_sums(save_directory)
-        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process:
-            write_sums(save_directory)
-
-    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """What push_to_hub uploads; with a card where this is the package, rather than a checkpoint's copy of it."""
-        write_sums(working_dir)
-        if __name__.startswith("feedback_transformers."):
-            import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # the borrowed layers ask the interface of their config, which is a sub-config of ours
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if type(module).__module__.startswith("transformers.models."):
-            initialize(self.config.backbone_config, module)
-        else:
-            super()._init_weights(module)
-        if isinstance(module, Conv1D):  # of GPT-2 layers, which the default leaves out
-            init.normal_(module.weight, std=self.config.initializer_range)
-            init.zeros_(module.bias)
-        elif hasattr(module, "init_parameters"):  # our modules with parameters of their own
-            module.init_parameters()
-
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
-        """The loop checkpoints whole passes, so layers that keep a memory within it, which they would drop, do not."""
-        checkpoint = kwargs.get("gradient_checkpointing_func")
-        if enable and getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-            raise ValueError("A feedback loop can't be checkpointed with use_reentrant=True: set it to False.")
-        super()._set_gradient_checkpointing(enable, **kwargs)
-        for model in (module for module in self.modules() if isinstance(module, FeedbackModel)):
-            parts = [model.loop.cell]
-            if (
-                self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
-            ):  # it decodes as it goes
-                parts.append(model.encoder if model.decoder is None else model.decoder)
-            for layer in (layer for part in parts for layer in part.modules()):
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.gradient_checkpointing = False
+def multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """Return x [B, T, N] times `matrix` [N, M], the same for all rows, or [B, N, M], one for each. [B, T, M]"""
+    return nn.functional.linear(x, matrix.t()) if matrix.ndim == 2 else x @ matrix
 
 
 class FeedbackModel(FeedbackPreTrainedModel):
-    """embeddings -> encoder -> loop (connection, cell) and decoder -> y [B, T, D]."""
+    """Compute embeddings -> encoder -> loop (connection, cell) and decoder -> y [B, T, D]."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         config.validate_architecture()  # fields may have been set since it was made
         retrofitted = config.retrofitted_from is not None
-        softcapped = retrofitted and not base_class(config.backbone_config)._supports_sdpa
-        config.backbone_config._attn_implementation = "eager" if softcapped else config._attn_implementation
+        config.backbone_config._attn_implementation = attention_of(config, config._attn_implementation)
         self.embeddings = EMBEDDINGS[config.embedding_type](config)
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
         self.positions: nn.Module | None = None
@@ -234,7 +98,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self.post_init()
 
     def take_over(self, base: PreTrainedModel) -> None:
-        """Takes over all parts of `base`, the base model that `config.backbone_config` describes."""
+        """Take over all parts of `base`, the base model that `config.backbone_config` describes."""
         config, family = self.config, BACKBONES[self.config.backbone_config.model_type]
 
         def part(path: str | None) -> Any:
@@ -256,16 +120,21 @@ class FeedbackModel(FeedbackPreTrainedModel):
             cast(Any, stack).take_over(layers[first : first + size], part(family.rotary), first)
             first += size
 
+    @property
+    def input_name(self) -> str:
+        """Name of the module in `embeddings` that maps the raw input to embeddings."""
+        return "embed_tokens" if self.config.embedding_type == "tokens" else "projection"
+
     def get_input_embeddings(self) -> nn.Module:
-        if self.config.embedding_type != "tokens":
-            raise NotImplementedError(f"A model of {self.config.embedding_type} has no token embeddings.")
-        return cast(nn.Module, self.embeddings.embed_tokens)
+        """Return the embeddings of tokens, or the projection of patches or values."""
+        return cast(nn.Module, getattr(self.embeddings, self.input_name))
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings.embed_tokens = value
+        """Replace what `get_input_embeddings` returns."""
+        setattr(self.embeddings, self.input_name, value)
 
     def place(self, embedded: Tensor, context: Context, token_type_ids: Tensor | None) -> Tensor:
-        """Adds what the embeddings of tokens don't say: learned positions and types. [B, T, D] -> [B, T, D]"""
+        """Add what the embeddings [B, T, D] of tokens don't say, learned positions and types. [B, T, D]"""
         if self.positions is not None:
             embedded = embedded + self.positions(context.position_ids + self.first_position)
         if self.token_types is not None:
@@ -274,48 +143,70 @@ class FeedbackModel(FeedbackPreTrainedModel):
         return self.embedding_dropout(self.embedding_norm(embedded))
 
     def encode(self, embedded: Tensor, context: Context) -> Tensor:
-        """e [B, T, D]"""
-        return self.encoder(embedded, context.for_part("encoder"))
+        """Return e [B, T, D], the encoded embeddings."""
+        return self.run_stack(self.encoder, embedded, context.for_part("encoder"))
 
     def encode_source(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
-    ) -> Tensor:
-        """The source [B, S] or [B, S, D] of a sequence-to-sequence model -> its states [B, S, D], in that order."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the embeddings and the states of the source of a sequence-to-sequence model, each [B, S, D].
+
+        The source is input_ids [B, S] or inputs_embeds [B, S, D].
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give the source as input_ids or as inputs_embeds.")
         embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         context, order = self.make_context(embedded, attention_mask, None, None)
         embedded = self.place(gather(embedded, order), context, None)
         context.key_mask = context.mask
-        return scatter(self.encode(embedded, context), order)
+        return scatter(embedded, order), scatter(self.encode(embedded, context), order)
 
     def decode(self, h: Tensor, context: Context) -> Tensor:
-        """y = g(h), [B, T, D]"""
+        """Return y = g(h) [B, T, D]."""
         decoder = self.encoder if self.decoder is None else self.decoder
-        return self.norm(decoder(h, context))
+        in_loop = self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
+        return self.norm(decoder(h, context) if in_loop else self.run_stack(decoder, h, context))
+
+    def run_stack(self, stack: nn.Module, x: Tensor, context: Context) -> Tensor:
+        """Run a stack, and recompute it under gradient checkpointing, as transformer layers do themselves."""
+        if isinstance(stack, TransformerStack):
+            return stack(x, context)
+        return self.loop.checkpoint(stack, context, x, context)
 
     def predict(self, y: Tensor) -> Tensor:
-        """E y [B, T, V], the logits of the head with tied embeddings, which this model is without its head."""
-        if self.config.embedding_type != "tokens" or not self.config.tie_word_embeddings:
-            by_output = self.config.feedback_signal == "output"
-            asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
-            raise ValueError(
-                f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
-            )
-        return nn.functional.linear(y, self.token_table(y.device).t())
+        """Return E y [B, T, V], the logits of a head with tied embeddings, where the model has no head."""
+        if not self.config.tie_word_embeddings:
+            raise ValueError(self.needs_a_head())
+        return multiply(y, self.token_table(y).transpose(-1, -2))
 
-    def token_table(self, device: torch.device) -> Tensor:
-        """E [D, V], read through its module, so that adapters and hooks count."""
-        return self.get_input_embeddings()(torch.arange(self.config.vocab_size, device=device)[None])[0].t()
+    def needs_a_head(self) -> str:
+        """Return the sentence that refuses a prediction which this model, without a head, does not make."""
+        by_output = self.config.feedback_signal == "output"
+        asks = "feedback_signal='output'" if by_output else "halting_measure='prediction'"
+        return f"{asks} needs a head's prediction: use a FeedbackFor... class, or set tie_word_embeddings=True."
 
-    def feed_tokens(self, predict: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
-        """y -> softmax(logits) E, the prediction fed back; E is read once for all steps."""
+    def token_table(self, rows: Tensor) -> Tensor:
+        """Return the embeddings of all tokens [V, D], or [B, V, D] where each row of the batch has its own adapter.
+
+        The table is read through its module, so that adapters and hooks count. PEFT tells a module the adapters of
+        the rows by a hook, which holds their names.
+        """
+        if self.config.embedding_type != "tokens":
+            raise ValueError(self.needs_a_head())
+        embed = self.get_input_embeddings()
+        hooks = [hook for module in embed.modules() for hook in module._forward_pre_hooks.values()]
+        by_row = any("adapter_names" in getattr(hook, "keywords", {}) for hook in hooks)
+        ids = torch.arange(self.config.vocab_size, device=rows.device)[None]
+        return embed(ids.expand(len(rows), -1)) if by_row else embed(ids)[0]
+
+    def feed_tokens(self, predict: Callable[[Tensor], Tensor], rows: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the map y -> softmax(logits) E, the prediction fed back; the table E is read once for all steps."""
         if self.config.feedback_signal != "output":
             return predict  # nothing will be fed back
-        table = self.token_table(device)
-        return lambda y: nn.functional.linear(predict(y).softmax(-1), table)
+        table = self.token_table(rows)
+        return lambda y: multiply(predict(y).softmax(-1), table)
 
-    @can_return_tuple
+    @named_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -334,17 +225,23 @@ class FeedbackModel(FeedbackPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
-        **kwargs: Any,
     ) -> FeedbackModelOutput:
-        """
+        """Compute y [B, T, D].
+
         Args:
             input_ids / inputs_embeds / pixel_values / past_values: exactly one: [B, T], [B, T, D], [B, C, H, W] or
                 [B, T, C].
             attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
+            position_ids: [B, T] or [1, T]; counted from the mask where left out.
+            encoder_hidden_states: [B, S, D], the encoded source of a sequence-to-sequence model.
+            encoder_attention_mask: [B, S].
             token_type_ids: [B, T], of a retrofitted model that has types of tokens.
             num_feedback_steps: passes of this call instead of the config's (depth axis, or solvers that make passes).
             predict: a head's map from y to its logits.
             embed_output: a head's map from y to its prediction, embedded; without it that of tokens.
+
+        Raises:
+            ValueError: an argument is unknown, or its shape does not fit the input.
         """
         given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
         if len(given) != 1:
@@ -354,14 +251,16 @@ class FeedbackModel(FeedbackPreTrainedModel):
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
-        refuse_arguments({"output_attentions": self.config.output_attentions, **kwargs})
         cache = self.make_cache(past_key_values, use_cache)
         context, order = self.make_context(embedded, attention_mask, position_ids, cache)
         if encoder_hidden_states is not None:
+            source = encoder_hidden_states.shape[1]
+            check_positions("encoder_attention_mask", encoder_attention_mask, len(encoder_hidden_states), (source,))
             context.source, context.source_mask = encoder_hidden_states, encoder_attention_mask
             context.cross_attention = EncoderDecoderCache(DynamicCache(), DynamicCache())
             if cache is not None:
                 cache.cross_attention = context.cross_attention = cache.cross_attention or context.cross_attention
+        check_types(token_type_ids, embedded, self.token_types is not None)
         kinds = None if token_type_ids is None or order is None else token_type_ids.gather(1, order)
         embedded = self.place(gather(embedded, order), context, token_type_ids if order is None else kinds)
         e = embedded if self.config.is_encoder_decoder else self.encode(embedded, context)
@@ -371,7 +270,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         every_step = bool(output_feedback_states or output_hidden_states)
         self.check_steps(cache, num_feedback_steps, every_step)
         predict = predict or self.predict
-        readout = Readout(self.decode, embed_output or self.feed_tokens(predict, embedded.device), predict)
+        readout = Readout(self.decode, embed_output or self.feed_tokens(predict, embedded), predict)
         looped = self.loop(e, context, readout, num_feedback_steps, every_step)
         if cache is not None:
             cache.advance(context, keep_mask=self.config.has_attention)
@@ -409,11 +308,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def make_context(
         self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FeedbackCache | None
     ) -> tuple[Context, Tensor | None]:
-        """What the parts may know of these positions, and the order [B, T] that puts the real ones first."""
+        """Return what the parts may know of these positions, and the order [B, T] that puts the real ones first."""
         self.check_shapes(embedded, position_ids, cache)
         batch, length, _ = embedded.shape
         offset = 0 if cache is None else cache.length
-        mask, order = first_real(attention_mask, batch, length)
+        check_positions("attention_mask", attention_mask, batch, (length, offset + length))
+        mask, order = first_real(attention_mask, length)
         columns = torch.arange(length, device=embedded.device)
         count = columns.new_zeros(batch) if cache is None or cache.count is None else cache.count
         if position_ids is None:
@@ -422,7 +322,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             position_ids = position_ids.expand(batch, length) - self.first_position
             position_ids = position_ids if order is None else position_ids.gather(1, order)
             position_ids = position_ids if mask is None else position_ids.masked_fill(~mask, 0)
-            self.check_positions(position_ids, mask)
+            self.check_order(position_ids, mask)
         key_mask = None
         if not self.config.is_causal:
             key_mask = mask
@@ -438,7 +338,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError(
                 f"inputs_embeds are {size} wide; this model takes {self.config.hidden_size}, its hidden_size."
             )
-        if position_ids is not None and position_ids.shape[-1] != length:
+        if position_ids is not None and tuple(position_ids.shape) not in {(batch, length), (1, length)}:
             raise ValueError(
                 f"position_ids have the shape {[*position_ids.shape]} and the input {[batch, length]}: give a place "
                 "for each position."
@@ -453,13 +353,19 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError("The input is empty: give at least one position.")
         longest = self.config.max_position_embeddings - self.first_position
         if self.config.has_attention and offset + length > longest:
-            long = f"{offset + length} positions are more than max_position_embeddings ({longest})"
             if self.positions is not None:
-                raise ValueError(f"{long}: shorten the input, or build a model with more.")
-            logger.warning_once(f"{long}, which this model was not made for; rotary positions go on.")
+                raise ValueError(
+                    f"{offset + length} positions are more than max_position_embeddings ({longest}): shorten the "
+                    "input, or build a model with more."
+                )
+            # The sentence holds no number that grows, as warning_once shows each sentence once.
+            logger.warning_once(
+                f"A text is longer than max_position_embeddings ({longest}), which this model was not made for; "
+                "rotary positions go on."
+            )
 
-    def check_positions(self, position_ids: Tensor, mask: Tensor | None) -> None:
-        """Real positions [B, T] rise, as texts that are packed into one row don't: they would read each other."""
+    def check_order(self, position_ids: Tensor, mask: Tensor | None) -> None:
+        """Reject positions [B, T] that do not rise where they are real: texts packed into one row, most likely."""
         if torch.compiler.is_compiling() or (position_ids.shape[1] == 1 and self.positions is None):
             return
         real = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
@@ -470,7 +376,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError(f"position_ids must be 0 or more, and below {len(table) - self.first_position}.")
 
     def check_steps(self, cache: FeedbackCache | None, num_steps: int | None, every_step: bool) -> None:
-        """A cache has a slot for every pass that is decoded; its steps can't change halfway through a text."""
+        """Reject a change of steps halfway through a text: a cache has a slot for every pass that is decoded."""
         if cache is None:
             return
         steps = (self.loop.num_passes(num_steps) or 1, every_step, self.config.shared_step_cache)

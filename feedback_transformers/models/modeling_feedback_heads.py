@@ -1,4 +1,4 @@
-"""What the heads share: a readout of y, the way back of its prediction, and the loss over the supervised steps.
+"""Parts that the heads share: the readout of y, the projection that feeds a prediction back, the loss over steps.
 
 Shapes: B batch, T positions, D hidden size, V vocabulary, L labels, K feedback steps.
 """
@@ -18,14 +18,21 @@ from transformers.utils import ModelOutput, logging
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
-from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel, refuse_arguments
+from .feedback_objectives import check_classes, check_shape, row_means, token_loss, token_mean
+from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class FeedbackOutput(ModelOutput):
-    """Of a head: loss [], logits (their shape is the head's), and what FeedbackModelOutput carries."""
+    """
+    Args:
+        loss: [], where labels were given.
+        logits: their shape is told by the head.
+        past_key_values, hidden_states, feedback_states, num_feedback_steps: as in FeedbackModelOutput.
+        pooling_mask: [B, T], 1 where a classifier of texts pools, with `output_feedback_states=True`.
+    """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -33,16 +40,13 @@ class FeedbackOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
-
-    @property
-    def decoder_hidden_states(self) -> tuple[Tensor, ...] | None:
-        """What generate() collects of a sequence-to-sequence model."""
-        return self.hidden_states
+    pooling_mask: Tensor | None = None
 
 
 class FeedbackHead(FeedbackPreTrainedModel):
-    """A FeedbackModel, and the check that its config suits the head; a subclass adds the readout."""
+    """Hold a FeedbackModel, and check that its config suits the head; a subclass adds the readout."""
 
+    accepts_loss_kwargs = True  # Trainer gives the number of targets of a batch, `num_items_in_batch`
     embedding_type = "tokens"
     needs: dict[str, Any] = {}  # fields that the config must have
     learns_to_halt = True  # whether its loss can weigh passes
@@ -70,12 +74,29 @@ class FeedbackHead(FeedbackPreTrainedModel):
         return nn.Linear(size, self.config.hidden_size, bias=False)
 
     def predict(self, y: Tensor) -> Tensor:
-        """y [B, T, D] -> logits [B, T, V]"""
+        """Return the logits [B, T, V] at each position of y [B, T, D]."""
         raise NotImplementedError
 
+    def step_logits(self, outputs: Any) -> list[Tensor]:
+        """Return the logits after each feedback step, K tensors of the shape of the head's logits.
+
+        Args:
+            outputs: what the head returned with `output_feedback_states=True`.
+        """
+        if outputs.feedback_states is None:
+            raise ValueError("These outputs hold one step only: call the model with output_feedback_states=True.")
+        return [self.step_logit(y, outputs) for y in outputs.feedback_states]
+
+    def step_logit(self, y: Tensor, outputs: Any) -> Tensor:
+        """Return the logits of y [B, T, D], one of `outputs.feedback_states`."""
+        return self.predict(y)
+
     def run(self, supervised: bool, **inputs: Any) -> FeedbackModelOutput:
-        """The model on `inputs`, feeding back this head's prediction where the config says so; `supervised` where a
-        loss will be taken, which may be at every step."""
+        """Run the model on `inputs`, and feed this head's prediction back where the config says so.
+
+        Args:
+            supervised: whether a loss will be taken, which may read every step.
+        """
         config = self.config
         if supervised and self.training and config.supervision == "all":
             inputs["output_feedback_states"] = True
@@ -93,11 +114,15 @@ class FeedbackHead(FeedbackPreTrainedModel):
         losses: Callable[[Tensor, Tensor], Tensor] | None = None,
         mean: Callable[[Tensor], Tensor] = torch.mean,
     ) -> Tensor:
-        """The mean of loss(y) over the supervised steps: the last one, as always in evaluation, or all that carry a
-        gradient.
+        """Return the mean of loss(y) over the supervised steps.
 
-        With learned halting in training, the sum over the steps of losses(y, p), which weighs what it sums by the
-        probability p [B, T] to stop there. `mean`: of what halting adds, [B, T] -> [].
+        They are the last step, as always in evaluation, or all steps that carry a gradient. With learned halting in
+        training, it is the sum over the steps of losses(y, p) instead.
+
+        Args:
+            loss: y [B, T, D] -> [].
+            losses: y, p -> [], which weighs each position by the probability p [B, T] to stop at this step.
+            mean: [B, T] -> [], of what halting adds at each position.
         """
         if outputs.halting_probabilities is not None and losses is not None:
             states = outputs.feedback_states or (outputs.last_hidden_state,)
@@ -108,36 +133,48 @@ class FeedbackHead(FeedbackPreTrainedModel):
             if self.training and self.config.supervision == "all" and outputs.feedback_states is not None:
                 supervised = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
             total = torch.stack([loss(y) for y in supervised]).mean()
-        feedback_projection = getattr(self, "feedback", None)
-        if (
-            feedback_projection is not None and self.training
-        ):  # a single pass doesn't read it, and DDP waits for its gradient
-            total = total + 0 * sum(p.sum() for p in feedback_projection.parameters() if p.requires_grad)
+        feedback = getattr(self, "feedback", None)
+        if feedback is not None and self.training:  # a single pass doesn't read it, and DDP waits for its gradient
+            total = total + 0 * sum(p.sum() for p in feedback.parameters() if p.requires_grad)
         if outputs.halting_loss is not None:
             total = total + self.config.halting_weight * mean(outputs.halting_loss)
         return total
 
 
 class FeedbackGenerationMixin(GenerationMixin):
-    """generate() with a FeedbackCache, which the model makes itself at the first step."""
+    """Make generate() work with a FeedbackCache, which the model makes itself at the first step."""
 
     model: FeedbackModel
     config: FeedbackConfig
     training: bool
-    _is_stateful = True  # a feedback state can't be undone, so assisted decoding is refused
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
 
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """As in transformers; `num_feedback_steps` of a GenerationConfig is an argument of the model."""
+        """Read `num_feedback_steps` of a GenerationConfig as an argument of the model; else as in transformers."""
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         if self.training and self.model.loop.gradient_checkpointing:  # no cache is made, so each step has to read all
             config.use_cache = False
         if (steps := getattr(config, "num_feedback_steps", None)) is not None:
             model_kwargs.setdefault("num_feedback_steps", steps)
         return config, model_kwargs
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the positions to the model: it counts the real ones, also where a text goes on behind padding."""
+
+    def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Reject a cache that has read the whole prompt: nothing would be left to predict from."""
+        cache, given = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
+        mask = model_kwargs.get("decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask")
+        prompt = max(x.shape[1] for x in (input_ids, given, mask) if x is not None)
+        if cache is not None and 0 < prompt <= (read := cache.get_seq_length()):
+            raise ValueError(
+                f"The cache holds {read} positions and the prompt has no more, {prompt}: give at least one token that "
+                "it has not read, or leave past_key_values out."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -148,7 +185,7 @@ class FeedbackGenerationMixin(GenerationMixin):
         inputs_embeds: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers, also for Phi-3's `longrope`: a text that outgrows the short factors is read anew."""
+        """Read a text anew that outgrows the short factors of Phi-3's `longrope`; else as in transformers."""
         rope = getattr(self.config.backbone_config, "rope_parameters", None) or {}
         short = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
         if short and past_key_values is not None and past_key_values.get_seq_length() <= short < input_ids.shape[1]:
@@ -157,13 +194,18 @@ class FeedbackGenerationMixin(GenerationMixin):
             input_ids, next_sequence_length, past_key_values, attention_mask, inputs_embeds, **kwargs
         )
 
-    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
-        raise ValueError("Assisted decoding takes tokens back, and a feedback state can't be undone: leave it out.")
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse continuous batching, which generate_batch and cache_implementation='paged' end in."""
+        raise ValueError(
+            "Continuous batching pages keys and values, and a feedback model keeps states too: use generate() on a "
+            "padded batch instead."
+        )
 
 
 class FeedbackLMHead(FeedbackHead):
-    """A readout over the vocabulary."""
+    """Read logits over the vocabulary."""
 
+    loss_arguments = ("num_items_in_batch", "shift_labels", "ignore_index")
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.embed_tokens.weight"}
 
     def __init__(self, config: FeedbackConfig) -> None:
@@ -172,7 +214,7 @@ class FeedbackLMHead(FeedbackHead):
         self.post_init()
 
     def get_decoder(self, *args: Any, **kwargs: Any) -> FeedbackModel:
-        """All but the readout, as transformers means it; the decoder g is `model.decoder`."""
+        """Return all but the readout, as transformers means it; the decoder g is `model.decoder`."""
         return self.model
 
     def predict(self, y: Tensor) -> Tensor:
@@ -181,30 +223,39 @@ class FeedbackLMHead(FeedbackHead):
         return logits if cap is None else cap * torch.tanh(logits / cap)  # of Gemma
 
     def read(
-        self, outputs: FeedbackModelOutput, labels: Tensor | None, logits_to_keep: int | Tensor = 0, **kwargs: Any
+        self,
+        outputs: FeedbackModelOutput,
+        labels: Tensor | None,
+        targets: Tensor | None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
     ) -> FeedbackOutput:
-        """Logits [B, T, V] of the last step, and the loss; kwargs go to transformers' loss function."""
-        refuse_arguments(kwargs)
-        kwargs.pop("output_attentions", None)
+        """Return the logits [B, T, V] of the last step, and the loss.
+
+        Args:
+            targets: [B, T], the label that each position predicts.
+            kwargs: num_items_in_batch and ignore_index, for transformers' loss function.
+        """
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, loss = self.predict(outputs.last_hidden_state[:, keep]), None
-        if labels is not None:
+        if targets is not None:
             size = self.config.vocab_size
-            if kwargs.get("shift_labels", labels) is labels:  # others may be of a part of the sequence
-                check_shape(labels, logits)
-            check_classes(labels, "vocab_size", size, kwargs.get("ignore_index", -100))
+            check_shape(targets, logits)
+            check_classes(targets, "vocab_size", size, kwargs.get("ignore_index", -100))
 
             def predict(y: Tensor) -> Tensor:
                 return logits if y is outputs.last_hidden_state else self.predict(y[:, keep])
 
             def step_loss(y: Tensor) -> Tensor:
-                return self.loss_function(logits=predict(y), labels=labels, vocab_size=size, **kwargs)
+                return self.loss_function(
+                    logits=predict(y), labels=labels, vocab_size=size, shift_labels=targets, **kwargs
+                )
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
-                return token_loss(predict(y), p[:, keep], labels, **kwargs)
+                return token_loss(predict(y), p[:, keep], targets, **kwargs)
 
             def mean(x: Tensor) -> Tensor:
-                return token_mean(x[:, keep], labels, **kwargs)
+                return token_mean(x[:, keep], targets, **kwargs)
 
             loss = self.mean_loss(step_loss, outputs, weighted, mean)
         return FeedbackOutput(
@@ -217,63 +268,10 @@ class FeedbackLMHead(FeedbackHead):
         )
 
 
-def check_shape(labels: Tensor, logits: Tensor) -> None:
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give a label for each "
-            "position that has logits, -100 where there is none."
-        )
-
-
-def check_classes(labels: Tensor, name: str, size: int, ignored: int = -100) -> None:
-    """On a CPU, where it costs nothing, in words of the config; elsewhere the loss stops in its own way."""
-    if (
-        torch.compiler.is_compiling()
-        or labels.device.type != "cpu"
-        or labels.is_floating_point()
-        or not labels.numel()
-    ):
-        return
-    low, high = int(labels.masked_fill(labels == ignored, 0).min()), int(labels.max())
-    if high >= size:
-        raise ValueError(f"labels go up to {high} and {name} is {size}: set {name} in the config.")
-    if low < 0:
-        raise ValueError(f"labels go down to {low}: number them from 0, and give {ignored} where there is none.")
-
-
-def token_mean(
-    x: Tensor,
-    labels: Tensor,
-    shift_labels: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """The mean of x [B, T] over the positions with a target, as transformers' ForCausalLMLoss takes it."""
-    targets = shift_labels if shift_labels is not None else F.pad(labels, (0, 1), value=-100)[:, 1:]
-    here = targets.to(x.device) != -100
-    return (x * here).sum() / (here.sum() if num_items_in_batch is None else num_items_in_batch)
-
-
-def token_loss(
-    logits: Tensor, weight: Tensor, labels: Tensor, shift_labels: Tensor | None = None, **kwargs: Any
-) -> Tensor:
-    """transformers' ForCausalLMLoss of logits [B, T, V], each position weighted by weight [B, T]."""
-    targets = shift_labels if shift_labels is not None else F.pad(labels, (0, 1), value=-100)[:, 1:]
-    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
-    return token_mean(losses * weight, labels, targets, **kwargs)
-
-
-def row_means(x: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, T] -> [B]: over the real positions."""
-    real = torch.ones_like(x) if mask is None else mask[:, -x.shape[1] :].to(x)
-    return (x * real).sum(1) / real.sum(1).clamp(min=1)
-
-
 class FeedbackClassifier(FeedbackHead):
-    """A linear readout of `num_labels`; a subclass says what it reads and pools."""
+    """Read `num_labels` numbers linearly; a subclass says what it reads and pools."""
 
-    accepts_loss_kwargs = True
-    # PEFT trains and saves beside adapters what ends with this name: the readout, and the way back of its prediction.
+    # PEFT trains and saves beside adapters what ends with this name: the readout, and what feeds its prediction back.
     readout_name = "classifier"
     renamed = {r"^feedback\.": "feedback_classifier."}
 
@@ -292,8 +290,9 @@ class FeedbackClassifier(FeedbackHead):
 
     @property
     def single_label(self) -> bool:
-        """Whether a prediction is a choice among classes, as far as the config says."""
-        return self.config.problem_type in (None, "single_label_classification") and self.num_labels > 1
+        """Tell whether a prediction is a choice among classes, as far as the config says."""
+        kind = self.config.problem_type
+        return kind == "single_label_classification" or (kind is None and self.num_labels > 1)
 
     @property
     def learns_to_halt(self) -> bool:  # type: ignore[override]
@@ -306,40 +305,49 @@ class FeedbackClassifier(FeedbackHead):
         return getattr(self, self.readout_name)(y)
 
     def embed_output(self, y: Tensor) -> Tensor:
-        """A linear map of the prediction at every position: of its probabilities, or of the numbers predicted."""
+        """Return a linear map of the prediction at every position: of probabilities, or of the numbers predicted."""
         logits = self.predict(y)
         if self.config.problem_type == "multi_label_classification":
             return self.feedback(logits.sigmoid())
         numbers = self.num_labels == 1 or self.config.problem_type == "regression"
         return self.feedback(logits if numbers else logits.softmax(-1))
 
-    def set_problem_type(self, labels: Tensor | None) -> None:
-        """Sets the problem_type that transformers' loss would set of the labels, before a prediction is fed back."""
-        if labels is None:
-            return
-        if self.config.problem_type is None:
-            if self.num_labels == 1:
-                self.config.problem_type = "regression"
-            elif labels.is_floating_point():
-                self.config.problem_type = "multi_label_classification"
-            else:
-                self.config.problem_type = "single_label_classification"
-        if self.single_label:
-            check_classes(labels, "num_labels", self.num_labels)
+    def set_problem_type(self, labels: Tensor | None, given: Tensor | None) -> None:
+        """Set the `problem_type` that the labels of a call tell, before a prediction is fed back.
 
-    def check_rows(self, labels: Tensor, logits: Tensor) -> None:
-        """One class for each row of logits [B, L], or one number for each of its outputs."""
-        if self.config.problem_type == "multi_label_classification" and not labels.is_floating_point():
+        Args:
+            labels: [B] classes or numbers, or [B, L] numbers.
+            given: the input of the call, [B, ...].
+
+        Raises:
+            ValueError: the labels are not those of the problem, which then is not set.
+        """
+        if labels is None or given is None:
+            return
+        batch = given.shape[0]
+        size, floats, told = self.num_labels, labels.is_floating_point(), self.config.problem_type
+        multi, single = "multi_label_classification", "single_label_classification"
+        problem = told or ("regression" if size == 1 else multi if floats else single)
+        if problem == multi and not floats:
             raise ValueError("Labels of a multi-label problem are numbers, 0. or 1.: give labels.float().")
-        one_class = self.single_label and not labels.is_floating_point()
-        if labels.numel() != (len(logits) if one_class else logits.numel()):
+        one_class = problem == single and not floats
+        one_number = one_class or size == 1
+        shapes = [[batch], [batch, 1]] if one_number else [[batch, size]]
+        if [*labels.shape] not in shapes:
+            advice = "class for each row" if one_class else "number for each output of each row"
+            if told is None and one_class:
+                advice += ", or labels.float() for several classes at once"
+            elif told is None and not one_number:
+                advice += ", or labels.long() for classes; one number for each row needs num_labels=1"
             raise ValueError(
-                f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give one "
-                + ("class for each row." if one_class else "number for each output of each row.")
+                f"labels have the shape {[*labels.shape]} and the logits {[batch, size]}: give one {advice}."
             )
+        if one_class:
+            check_classes(labels, "num_labels", size)
+        self.config.problem_type = cast(Any, problem)
 
     def pool(self, y: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, D]: the last real position where causal, the mean of the real ones otherwise."""
+        """Return the last real position of each row where causal, the mean of the real ones otherwise, [B, D]."""
         if mask is None:
             return y[:, -1] if self.config.is_causal else y.mean(dim=1)
         mask = mask[:, -y.shape[1] :].to(y.device)
@@ -349,13 +357,17 @@ class FeedbackClassifier(FeedbackHead):
         return (y * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
     def first(self, y: Tensor) -> Tensor:
-        """[B, T, D] -> [B, D]: the first position, as a retrofitted BERT or RoBERTa reads it."""
+        """Return the first position of y [B, T, D] as a retrofitted BERT or RoBERTa reads it, [B, D]."""
         backbone, pooler = self.config.backbone_config, cast(nn.Module, self.model.pooler)
         p = backbone.hidden_dropout_prob if backbone.classifier_dropout is None else backbone.classifier_dropout
         y = y[:, :1]
         if backbone.model_type == "roberta":  # whose classifier drops out on both sides of what stands for a pooler
             y = dropout(y, p, self.training)
         return dropout(pooler(y), p, self.training)
+
+    def pooled_logits(self, y: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the logits [B, L] of the rows of y [B, T, D]."""
+        return self.predict(self.pool(y, mask) if self.model.pooler is None else self.first(y))
 
     def classify(
         self,
@@ -364,42 +376,40 @@ class FeedbackClassifier(FeedbackHead):
         mask: Tensor | None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> FeedbackOutput:
-        """One prediction for each row: logits [B, L] and the loss of `config.problem_type`.
+        """Return one prediction for each row, logits [B, L], and the loss of `config.problem_type`.
 
-        A batch that comes in parts, to several processes or one after the other, has `num_items_in_batch` labels; the
+        A batch that comes in parts, to several processes or one after the other, has `num_items_in_batch` labels. The
         losses of its parts add up to the mean over all of it, also where they have unequal numbers of rows.
         """
-
-        def pooled_logits(y: Tensor) -> Tensor:
-            return self.predict(self.pool(y, mask) if self.model.pooler is None else self.first(y))
-
-        logits, loss = pooled_logits(outputs.last_hidden_state), None
+        logits, loss = self.pooled_logits(outputs.last_hidden_state, mask), None
         if labels is not None:
-            self.check_rows(labels, logits)
+            one_class = self.single_label and not labels.is_floating_point()
+            targets = (labels.flatten() if one_class else labels.float()).to(logits.device)
 
             def weighted(y: Tensor, p: Tensor) -> Tensor:
-                if not self.single_label or labels.is_floating_point():
+                if not one_class:
                     raise ValueError("halting='learned' needs a single-label problem: use 'act'.")
-                losses = F.cross_entropy(pooled_logits(y).float(), labels, reduction="none")
+                losses = F.cross_entropy(self.pooled_logits(y, mask).float(), targets, reduction="none")
                 weight = self.pool(p[..., None], mask).squeeze(-1)
-                return (losses * weight).sum() / (labels != -100).sum()
+                return (losses * weight).sum() / (targets != -100).sum()
 
             def mean(x: Tensor) -> Tensor:
-                """Over the positions of each row, then over the rows with a label."""
+                """Return the mean over the positions of each row, then over the rows with a label."""
                 rows = row_means(x, mask)
-                known = (labels != -100).flatten(1).any(1) if labels.ndim > 1 else labels != -100
+                known = (targets != -100).flatten(1).any(1) if targets.ndim > 1 else targets != -100
                 return (rows * known).sum() / known.sum()
 
             def step_loss(y: Tensor) -> Tensor:
-                return self.loss_function(labels, pooled_logits(y).float(), self.config)
+                return self.loss_function(targets, self.pooled_logits(y, mask).float(), self.config)
 
             loss = self.mean_loss(step_loss, outputs, weighted, mean)
             if num_items_in_batch is not None:
-                loss = loss * (labels != -100).sum() / num_items_in_batch
+                loss = loss * (targets != -100).sum() / num_items_in_batch
         return FeedbackOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
+            pooling_mask=None if outputs.feedback_states is None else mask,
         )

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
-from transformers.utils import can_return_tuple
 
+from .feedback_arguments import named_arguments
 from .modeling_feedback_heads import FeedbackClassifier, FeedbackOutput
 
 
 class FeedbackForImageClassification(FeedbackClassifier):
-    """A class for an image; every feedback step is another look at it."""
+    """Classify images; every feedback step is another look at the image."""
 
     main_input_name = "pixel_values"
     embedding_type = "patches"
 
-    @can_return_tuple
+    @named_arguments
     def forward(
         self,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> FeedbackOutput:
-        """pixel_values [B, C, H, W], labels [B]; logits [B, L]."""
-        self.set_problem_type(labels)
-        outputs = self.run(labels is not None, **{**kwargs, "pixel_values": pixel_values, "use_cache": False})
-        return self.classify(outputs, labels, None, kwargs.get("num_items_in_batch"))
+        """Return logits [B, L] of pixel_values [B, C, H, W], and the loss over labels, [B] classes or [B, L] numbers.
 
-    def step_logits(self, outputs: FeedbackOutput) -> list[Tensor]:
-        """The logits [B, L] after each feedback step, of outputs with feedback_states."""
-        return [self.classifier(self.pool(y, None)) for y in outputs.feedback_states]
+        The other arguments are those of FeedbackModel; Trainer gives `num_items_in_batch`, the number of labels in a
+        batch that may come in parts.
+        """
+        self.set_problem_type(labels, pixel_values)
+        outputs = self.run(
+            labels is not None,
+            pixel_values=pixel_values,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+        )
+        return self.classify(outputs, labels, None, num_items_in_batch)
+
+    def step_logit(self, y: Tensor, outputs: FeedbackOutput) -> Tensor:
+        return self.pooled_logits(y, None)

@@ -1,24 +1,57 @@
-"""Sequence to sequence: the encoder reads a source, the loop writes the target and attends to it at every step.
+"""Sequence to sequence: the encoder reads a source; the loop writes the target and attends to it at every step.
 
 Shapes: B batch, S source positions, T target positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput
 
+from .feedback_arguments import check_positions, named_arguments
 from .feedback_cache import FeedbackCache
+from .feedback_objectives import check_classes
 from .modeling_feedback import FeedbackModel
-from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput, check_classes
+from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead
+
+
+@dataclass
+class FeedbackSeq2SeqOutput(ModelOutput):
+    """
+    Args:
+        loss: [], where labels were given.
+        logits: [B, T, V].
+        past_key_values, feedback_states, num_feedback_steps: as in FeedbackModelOutput, of the target.
+        decoder_hidden_states: as `hidden_states` of FeedbackModelOutput, of the target.
+        encoder_last_hidden_state: [B, S, D], what the target attends to.
+        encoder_hidden_states: the embeddings of the source and the encoder's output, each [B, S, D], with
+            `output_hidden_states=True`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: FeedbackCache | None = None
+    decoder_hidden_states: tuple[Tensor, ...] | None = None
+    encoder_last_hidden_state: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    feedback_states: tuple[Tensor, ...] | None = None
+    num_feedback_steps: Tensor | None = None
+
+    @property
+    def hidden_states(self) -> tuple[Tensor, ...] | None:
+        """Return `decoder_hidden_states` by its name in 0.1.0."""
+        warnings.warn("Read decoder_hidden_states instead of hidden_states.", FutureWarning, stacklevel=2)
+        return self.decoder_hidden_states
 
 
 class SourceEncoder:
-    """What generate() calls as the model's encoder: source tokens -> BaseModelOutput."""
+    """Encode source tokens for generate(), which calls this as the model's encoder."""
 
     main_input_name = "input_ids"
 
@@ -30,15 +63,19 @@ class SourceEncoder:
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=self.model.encode_source(input_ids, attention_mask, inputs_embeds))
+        embedded, encoded = self.model.encode_source(input_ids, attention_mask, inputs_embeds)
+        if output_hidden_states is None:
+            output_hidden_states = self.model.config.output_hidden_states
+        return BaseModelOutput(encoded, (embedded, encoded) if output_hidden_states else None)
 
     __call__ = forward
 
 
 class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
-    """Translation, summarization: p(target | source), with `config.is_encoder_decoder=True`."""
+    """Write a target given a source, as translation and summarization do, with `config.is_encoder_decoder=True`."""
 
     needs = {"is_encoder_decoder": True}
 
@@ -46,16 +83,26 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         return SourceEncoder(self.model)
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """The labels [B, T] behind a start token, -100 turned to padding."""
+        """Return the labels [B, T] behind a start token, -100 turned to padding.
+
+        The start token stands right before the first label, also where padding stands before that.
+        """
         if self.config.decoder_start_token_id is None or self.config.pad_token_id is None:
             raise ValueError(
                 "Set decoder_start_token_id and pad_token_id in the config to make decoder inputs of labels."
             )
-        start = labels.new_full((len(labels), 1), self.config.decoder_start_token_id)
-        shifted = torch.cat([start, labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
+        pad, start = self.config.pad_token_id, self.config.decoder_start_token_id
+        shifted = torch.cat([labels.new_full((len(labels), 1), pad), labels[:, :-1]], dim=1)
+        return shifted.masked_fill(shifted == -100, pad).scatter(1, first_label(labels), start)
 
-    @can_return_tuple
+    def target_mask(self, decoder_input_ids: Tensor) -> Tensor | None:
+        """Return the mask [B, T] of padding before the start token, where that token is another one than padding."""
+        pad = self.config.pad_token_id
+        if pad is None or self.config.decoder_start_token_id in (None, pad):
+            return None
+        return (decoder_input_ids != pad).cumsum(dim=1) > 0
+
+    @named_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -72,34 +119,67 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
-    ) -> FeedbackOutput:
-        """input_ids [B, S] or inputs_embeds [B, S, D]; decoder_input_ids [B, T] or decoder_inputs_embeds [B, T, D],
-        made of labels [B, T] where both are left out; logits [B, T, V]."""
+    ) -> FeedbackSeq2SeqOutput:
+        """Return logits [B, T, V] of the target, and the loss over labels [B, T], which stand beside their logits.
+
+        Args:
+            input_ids / inputs_embeds: the source, [B, S] or [B, S, D], or `encoder_outputs` of an earlier call.
+            attention_mask: [B, S], of the source.
+            decoder_input_ids / decoder_inputs_embeds: the target behind a start token, [B, T] or [B, T, D]; made of
+                labels where both are left out.
+            decoder_attention_mask: [B, T] or [B, P + T]; where left out, padding before the start token is masked.
+            kwargs: `ignore_index`, -100 where left out.
+        """
         if encoder_outputs is None:
-            encoder_outputs = self.get_encoder()(input_ids, attention_mask, inputs_embeds)
+            encoder_outputs = self.get_encoder()(
+                input_ids, attention_mask, inputs_embeds, output_hidden_states=output_hidden_states
+            )
+        source = encoder_outputs[0]
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")
             check_classes(labels, "vocab_size", self.config.vocab_size)
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            if decoder_attention_mask is None:
+                columns = torch.arange(labels.shape[1], device=labels.device)
+                decoder_attention_mask = columns >= first_label(labels)
+        elif decoder_attention_mask is None and decoder_input_ids is not None and past_key_values is None:
+            decoder_attention_mask = self.target_mask(decoder_input_ids)
         target = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        rows, sources = target.shape[0], encoder_outputs[0].shape[0]
+        rows, length, sources = target.shape[0], target.shape[1], source.shape[0]
         if rows != sources:
             raise ValueError(f"The target has {rows} rows and the source {sources}: give a target for each source.")
+        past = past_key_values.get_seq_length() if isinstance(past_key_values, FeedbackCache) else 0
+        check_positions("attention_mask", attention_mask, sources, (source.shape[1],))
+        check_positions("decoder_attention_mask", decoder_attention_mask, rows, (length, past + length))
         outputs = self.run(
             labels is not None,
             input_ids=decoder_input_ids,
             inputs_embeds=decoder_inputs_embeds,
             attention_mask=decoder_attention_mask,
             past_key_values=past_key_values,
-            encoder_hidden_states=encoder_outputs[0],
+            encoder_hidden_states=source,
             encoder_attention_mask=attention_mask,
             num_feedback_steps=num_feedback_steps,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
         )
-        # the labels stand beside their logits already: ForCausalLMLoss must not shift them again
-        shifted = {} if labels is None else {"shift_labels": labels}
-        return self.read(outputs, labels, logits_to_keep, **shifted, **kwargs)
+        read = self.read(outputs, labels, labels, logits_to_keep, num_items_in_batch=num_items_in_batch, **kwargs)
+        return FeedbackSeq2SeqOutput(
+            loss=read.loss,
+            logits=read.logits,
+            past_key_values=read.past_key_values,
+            decoder_hidden_states=read.hidden_states,
+            encoder_last_hidden_state=source,
+            encoder_hidden_states=encoder_outputs[1] if len(encoder_outputs) > 1 else None,
+            feedback_states=read.feedback_states,
+            num_feedback_steps=read.num_feedback_steps,
+        )
+
+
+def first_label(labels: Tensor) -> Tensor:
+    """Return the column [B, 1] of the first label of each row of labels [B, T] that is not -100; 0 where none is."""
+    return (labels != -100).long().argmax(dim=1, keepdim=True)

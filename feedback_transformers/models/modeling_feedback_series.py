@@ -7,36 +7,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_arguments import named_arguments
+from .modeling_feedback import FeedbackModelOutput
 from .modeling_feedback_heads import FeedbackHead
+
+GAPS = "give windows of one length, with their gaps filled"
+FEATURES = "a series is read from its values alone, so make each feature a channel of past_values"
 
 
 @dataclass
 class FeedbackTimeSeriesOutput(ModelOutput):
-    """loss [] where the future was given; prediction_outputs [B, F] or [B, F, C], in the units of past_values; and the
-    passes that each of them took, num_feedback_steps [B, F], where halting may stop them."""
+    """
+    Args:
+        loss: [], where the future was given.
+        prediction_outputs: [B, F] or [B, F, C], in the units of past_values.
+        hidden_states, feedback_states: as in FeedbackModelOutput, of the past, or of all steps but the last where the
+            future was given.
+        num_feedback_steps: [B, F] passes that each forecast took, where halting may stop them.
+    """
 
     loss: Tensor | None = None
     prediction_outputs: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
 
 
 class FeedbackForTimeSeriesPrediction(FeedbackHead):
-    """Forecasts one step, feeds the forecast back as the next input, and so on for `prediction_length` steps.
+    """Forecast one step, feed the forecast back as the next input, and go on so for `prediction_length` steps.
 
-    A window is read relative to the mean and standard deviation of its own past, in float32 at least, and each step
-    predicts the change to the next one. A past that never changes has no such scale: its forecast is that it stays,
-    and the loss leaves it out. Trained on the true past of every step (teacher forcing); evaluation rolls out. With
-    Trainer, set `label_names=["future_values"]` in TrainingArguments to have a loss in evaluation.
+    The model reads a window relative to the mean and standard deviation of the window's own past, in float32 at least,
+    and predicts the change to the next step. A past that never changes has no such scale: its forecast is that it
+    stays, and the loss leaves it out. Training reads the true past of every step (teacher forcing); evaluation rolls
+    the forecast out. With Trainer, set `label_names=["future_values"]` in TrainingArguments to have a loss in
+    evaluation.
     """
 
     main_input_name = "past_values"
     accepts_loss_kwargs = False
     learns_to_halt = False
     embedding_type = "values"
-    needs = {"is_causal": True, "halting_measure": "state"}  # which compares classes, and a series has none
+    needs = {"is_causal": True, "halting_measure": "state"}  # the other one compares classes, and a series has none
+    unread = {
+        "attention_mask": GAPS,
+        "past_observed_mask": GAPS,
+        "future_observed_mask": GAPS,
+        "past_time_features": FEATURES,
+        "future_time_features": FEATURES,
+        "static_categorical_features": FEATURES,
+        "static_real_features": FEATURES,
+    }
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
@@ -44,28 +67,34 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         self.feedback = self.feedback_projection(config.num_channels)
         self.post_init()
 
-    def embed_output(self, y: Tensor) -> Tensor:
-        return self.feedback(self.readout(y))
+    def predict(self, y: Tensor) -> Tensor:
+        """Return the change to the next step [B, T, C], in standard deviations of the past."""
+        return self.readout(y)
 
-    @can_return_tuple
+    def embed_output(self, y: Tensor) -> Tensor:
+        return self.feedback(self.predict(y))
+
+    @named_arguments
     def forward(
         self,
         past_values: Tensor | None = None,
         future_values: Tensor | None = None,
         num_feedback_steps: int | None = None,
         prediction_length: int | None = None,
-        **kwargs: Any,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
     ) -> FeedbackTimeSeriesOutput:
-        """past_values [B, T] or [B, T, C], future_values [B, F] or [B, F, C]; the loss is the mean absolute error in
-        standard deviations. In training, with future_values given, no forecast is rolled out."""
+        """Return the forecast of past_values [B, T] or [B, T, C], and the loss over future_values [B, F] or [B, F, C].
+
+        The loss is the mean absolute error in standard deviations of the past. In training, with future_values given,
+        no forecast is rolled out. `prediction_length` replaces that of the config.
+        """
         if past_values is None or past_values.ndim not in (2, 3) or past_values.shape[1] < 2:
             raise ValueError("past_values needs at least two time steps, [batch, steps] or [batch, steps, channels].")
         for name, values in (("past_values", past_values), ("future_values", future_values)):
             here = values is not None and values.device.type == "cpu" and not torch.compiler.is_compiling()
             if here and not values.isfinite().all():
                 raise ValueError(f"{name} holds nan or infinite numbers: fill the gaps first.")
-        if kwargs.get("attention_mask") is not None:
-            raise ValueError("Series have no attention_mask: give windows of one length, with their gaps filled.")
         length = self.config.prediction_length if prediction_length is None else prediction_length
         past = self.channels(past_values)
         if future_values is not None:
@@ -78,45 +107,61 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
         if length < 1:
             raise ValueError(f"{length} steps are asked for: give a prediction_length, or a future, of at least 1.")
         mean, std = past.mean(dim=1, keepdim=True), past.std(dim=1, keepdim=True)
-        flat = std <= 1e-6 * past.abs().amax(dim=1, keepdim=True)  # [B, 1, C] no change beyond rounding
+        rounding = 8 * torch.finfo(past.dtype).eps * past.abs().amax(dim=1, keepdim=True)
+        flat = std <= rounding  # [B, 1, C] no change beyond that
         scale = std + 1e-5
         past, loss = ((past - mean) / scale).masked_fill(flat, 0.0), None
+        asked = {
+            "num_feedback_steps": num_feedback_steps,
+            "output_hidden_states": output_hidden_states,
+            "output_feedback_states": output_feedback_states,
+        }
+        outputs = None
         if future_values is not None:
             series = torch.cat([past, ((future - mean) / scale).masked_fill(flat, 0.0)], dim=1)
-            outputs = self.run(
-                True, past_values=series[:, :-1], num_feedback_steps=num_feedback_steps, use_cache=False
-            )
+            outputs = self.run(True, past_values=series[:, :-1], use_cache=False, **asked)
 
             def step_loss(y: Tensor) -> Tensor:
-                errors = (series[:, :-1] + self.readout(y) - series[:, 1:]).abs().masked_fill(flat, 0.0)
+                errors = (series[:, :-1] + self.predict(y) - series[:, 1:]).abs().masked_fill(flat, 0.0)
                 return errors.mean(dim=1).sum() / (~flat).sum().clamp(min=1)
 
             loss = self.mean_loss(step_loss, outputs)
         prediction = steps = None
         if future_values is None or not self.training:
-            prediction, steps = self.forecast(past, length, num_feedback_steps)
+            prediction, steps, first = self.forecast(past, length, **asked)
+            outputs = outputs or first
             prediction = prediction * scale.masked_fill(flat, 0.0) + mean
             prediction = prediction if past_values.ndim == 3 else prediction[..., 0]
-        return FeedbackTimeSeriesOutput(loss=loss, prediction_outputs=prediction, num_feedback_steps=steps)
+        return FeedbackTimeSeriesOutput(
+            loss=loss,
+            prediction_outputs=prediction,
+            hidden_states=outputs.hidden_states,
+            feedback_states=outputs.feedback_states,
+            num_feedback_steps=steps,
+        )
 
     def channels(self, values: Tensor) -> Tensor:
-        """[B, T] or [B, T, C] -> [B, T, C], as exact as float32 or better: a level may be large beside its changes."""
-        values = values.to(torch.promote_types(self.dtype, torch.float32))
+        """Return values [B, T] or [B, T, C] as [B, T, C], in float32 or better.
+
+        The level of a series may be large beside its changes.
+        """
+        kind = torch.promote_types(self.dtype, torch.float32)
+        values = values.to(torch.promote_types(kind, values.dtype))
         return values if values.ndim == 3 else values[..., None]
 
-    def forecast(
-        self, past: Tensor, length: int, num_feedback_steps: int | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, C] -> the next `length` values [B, length, C], each fed back as the next input, and the passes made
-        for each, [B, length], where they may stop early."""
-        value, cache, values, steps = past, None, [], []
+    def forecast(self, past: Tensor, length: int, **asked: Any) -> tuple[Tensor, Tensor | None, FeedbackModelOutput]:
+        """Return the next `length` values after past [B, T, C], each fed back as the next input.
+
+        Returns:
+            the values [B, length, C]; the passes made for each, [B, length], where they may stop early; and the
+            model's outputs for the past.
+        """
+        value, cache, values, made = past, None, [], []
         for _ in range(length):
-            outputs = self.run(
-                False, past_values=value, past_key_values=cache, num_feedback_steps=num_feedback_steps, use_cache=True
-            )
-            cache = outputs.past_key_values
-            steps.append(outputs.num_feedback_steps)
-            values.append(value[:, -1:] + self.readout(outputs.last_hidden_state[:, -1:]))
+            made.append(self.run(False, past_values=value, past_key_values=cache, use_cache=True, **asked))
+            cache = made[-1].past_key_values
+            values.append(value[:, -1:] + self.predict(made[-1].last_hidden_state[:, -1:]))
             value = values[-1] if cache is not None else torch.cat([value, values[-1]], dim=1)
-        made = None if steps[0] is None else torch.cat([made[:, -1:] for made in steps], dim=1)
-        return torch.cat(values, dim=1), made
+        steps = [outputs.num_feedback_steps for outputs in made]
+        taken = None if steps[0] is None else torch.cat([passes[:, -1:] for passes in steps], dim=1)
+        return torch.cat(values, dim=1), taken, made[0]

@@ -1,6 +1,7 @@
 """Text heads. Shapes: B batch, T positions, V vocabulary, L labels.
 
-All take `num_feedback_steps`, `output_hidden_states` and `output_feedback_states`, as FeedbackModel does.
+All take what FeedbackModel reads of a text: see there for `position_ids`, `token_type_ids`, `num_feedback_steps` and
+the rest. Trainer gives `num_items_in_batch`, the number of targets in a batch that may come in parts.
 """
 
 from __future__ import annotations
@@ -9,35 +10,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_arguments import named_arguments
 from .feedback_cache import FeedbackCache
-from .feedback_padding import behind_padding
-from .modeling_feedback_heads import (
-    FeedbackClassifier,
-    FeedbackGenerationMixin,
-    FeedbackLMHead,
-    FeedbackOutput,
+from .feedback_objectives import (
     check_classes,
     check_shape,
     row_means,
+    shift,
+    targets_of_texts,
     token_loss,
     token_mean,
+    warn_of_padding,
 )
+from .modeling_feedback_heads import FeedbackClassifier, FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
 
 # Trainer's label smoothing looks here for the models whose labels it has to shift. This file travels with checkpoints.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["feedback"] = "FeedbackForCausalLM"
 
 
 class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
-    """Next-token prediction."""
+    """Predict the next token."""
 
     needs = {"is_causal": True}
 
-    @can_return_tuple
+    @named_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -51,9 +51,19 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        token_type_ids: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> FeedbackOutput:
-        """labels [B, T] are shifted here, -100 is left out; logits are [B, T, V], or of the last `logits_to_keep`."""
+        """Return logits [B, T, V], or those of the last `logits_to_keep` positions, and the loss.
+
+        labels [B, T] are shifted here, and -100 is left out. So is the first token of a text, wherever padding stands:
+        the loss does not depend on the side. For a batch in several parts, and for Trainer's label smoothing, which
+        takes its loss outside of the model, pad on the right or use training.DataCollatorForLeftPadding.
+
+        Args:
+            kwargs: `shift_labels` [B, T], labels that are shifted already, and `ignore_index`, -100 where left out.
+        """
         outputs = self.run(
             labels is not None,
             input_ids=input_ids,
@@ -61,75 +71,114 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             num_feedback_steps=num_feedback_steps,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
         )
+        targets, ignored = kwargs.pop("shift_labels", None), kwargs.get("ignore_index", -100)
+        if targets is None and labels is not None:
+            targets = shift(labels, ignored)
         if attention_mask is not None and isinstance(logits_to_keep, int):
-            hidden = behind_padding(attention_mask)
-            if labels is not None:
-                labels = labels.masked_fill(hidden[:, -labels.shape[1] :].to(labels.device), -100)
-            if (shifted := kwargs.get("shift_labels")) is not None:
-                hidden = F.pad(hidden, (0, 1))[:, 1:]
-                kwargs["shift_labels"] = shifted.masked_fill(hidden[:, -shifted.shape[1] :].to(shifted.device), -100)
-        return self.read(outputs, labels, logits_to_keep, **kwargs)
+            mask = attention_mask if targets is None else attention_mask[:, -targets.shape[1] :]
+            if targets is None and num_items_in_batch is not None:
+                warn_of_padding(mask)
+            if targets is not None and mask.shape == targets.shape:
+                targets, num_items_in_batch = targets_of_texts(targets, mask, num_items_in_batch, ignored)
+        return self.read(outputs, labels, targets, logits_to_keep, num_items_in_batch=num_items_in_batch, **kwargs)
 
 
 class FeedbackForMaskedLM(FeedbackLMHead):
-    """Prediction of masked tokens, from both sides."""
+    """Predict masked tokens from both sides."""
 
     needs = {"is_causal": False}
 
-    @can_return_tuple
+    @named_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> FeedbackOutput:
-        """labels [B, T], -100 where not predicted; logits [B, T, V]."""
+        """Return logits [B, T, V], and the loss over labels [B, T], -100 where nothing is to be predicted.
+
+        Args:
+            kwargs: `ignore_index`, -100 where left out.
+        """
         outputs = self.run(
             labels is not None,
             input_ids=input_ids,
             attention_mask=attention_mask,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            **kwargs,
+            token_type_ids=token_type_ids,
+            num_feedback_steps=num_feedback_steps,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
         )
-        return self.read(outputs, labels, **kwargs, shift_labels=labels)  # they stand beside their logits
+        return self.read(outputs, labels, labels, num_items_in_batch=num_items_in_batch, **kwargs)
 
 
 class FeedbackForSequenceClassification(FeedbackClassifier):
-    """Single-label, multi-label (BCE) or regression (MSE), by `config.problem_type`."""
+    """Classify texts (one label or several, the latter by BCE), or predict numbers (MSE), by `config.problem_type`."""
 
-    @can_return_tuple
+    @named_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        position_ids: Tensor | None = None,
+        past_key_values: FeedbackCache | None = None,
+        token_type_ids: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> FeedbackOutput:
-        """labels: [B] classes or numbers, or [B, L]; logits [B, L]. Without a mask, pad_token_id tells the padding. A
-        retrofitted decoder does as its original: it reads at the last token that is not pad_token_id, whatever the
-        mask says, and masks nothing where there is none."""
-        self.set_problem_type(labels)
+        """Return logits [B, L], and the loss over labels, [B] classes or numbers, or [B, L] numbers.
+
+        Without a mask, `pad_token_id` tells the padding. A retrofitted decoder does as its original: it reads at the
+        last token that is not `pad_token_id`, whatever the mask says, and masks nothing where there is no mask.
+        """
+        self.set_problem_type(labels, input_ids if inputs_embeds is None else inputs_embeds)
         mask = attention_mask
         pad, as_original = self.config.pad_token_id, self.config.retrofitted_from and self.config.is_causal
         if input_ids is not None and pad is not None and (mask is None or as_original):
             mask = (input_ids != pad).long()
             if attention_mask is None and not self.config.retrofitted_from:
                 attention_mask = mask
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
-        return self.classify(outputs, labels, mask, kwargs.get("num_items_in_batch"))
+        outputs = self.run(
+            labels is not None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+        )
+        return self.classify(outputs, labels, mask, num_items_in_batch)
+
+    def step_logit(self, y: Tensor, outputs: FeedbackOutput) -> Tensor:
+        return self.pooled_logits(y, outputs.pooling_mask)
 
 
 class FeedbackForTokenClassification(FeedbackClassifier):
-    """A class for every token."""
+    """Predict a class for every token."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         if config.problem_type not in (None, "single_label_classification"):
@@ -139,28 +188,47 @@ class FeedbackForTokenClassification(FeedbackClassifier):
             )
         super().__init__(config)
 
-    @can_return_tuple
+    @named_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
+        position_ids: Tensor | None = None,
+        past_key_values: FeedbackCache | None = None,
+        token_type_ids: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> FeedbackOutput:
-        """labels [B, T], -100 where left out; logits [B, T, L]."""
+        """Return logits [B, T, L], and the loss over labels [B, T], -100 where left out."""
         if labels is not None:
             check_classes(labels, "num_labels", self.num_labels)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        outputs = self.run(labels is not None, **{**kwargs, **inputs, "use_cache": False})
-        logits, loss = self.classifier(outputs.last_hidden_state), None
+        outputs = self.run(
+            labels is not None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+        )
+        logits, loss = self.predict(outputs.last_hidden_state), None
         if labels is not None:
             check_shape(labels, logits)
             loss = self.mean_loss(
-                lambda y: self.loss_function(self.classifier(y), labels, self.config, **kwargs),
+                lambda y: self.loss_function(
+                    self.predict(y), labels, self.config, num_items_in_batch=num_items_in_batch
+                ),
                 outputs,
-                lambda y, p: token_loss(self.classifier(y), p, labels, shift_labels=labels, **kwargs),
-                lambda x: token_mean(x, labels, shift_labels=labels, **kwargs),
+                lambda y, p: token_loss(self.predict(y), p, labels, num_items_in_batch=num_items_in_batch),
+                lambda x: token_mean(x, labels, num_items_in_batch),
             )
         return FeedbackOutput(
             loss=loss,
@@ -173,7 +241,12 @@ class FeedbackForTokenClassification(FeedbackClassifier):
 
 @dataclass
 class FeedbackQuestionAnsweringOutput(ModelOutput):
-    """loss [], start_logits and end_logits [B, T], and what FeedbackModelOutput carries."""
+    """
+    Args:
+        loss: [], where both positions were given.
+        start_logits, end_logits: [B, T].
+        hidden_states, feedback_states, num_feedback_steps: as in FeedbackModelOutput.
+    """
 
     loss: Tensor | None = None
     start_logits: Tensor | None = None
@@ -184,7 +257,7 @@ class FeedbackQuestionAnsweringOutput(ModelOutput):
 
 
 class FeedbackForQuestionAnswering(FeedbackClassifier):
-    """The start and the end of an answer in the text."""
+    """Predict the start and the end of an answer in the text."""
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides itself
     needs = {"halting_measure": "state"}  # classes are positions here, and no position has a prediction of its own
@@ -196,10 +269,10 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
         return 2
 
     def embed_output(self, y: Tensor) -> Tensor:
-        """Start and end are chosen among positions, so each position feeds back its two scores."""
+        """Return a map of the two scores of each position, as start and end are chosen among positions."""
         return self.feedback(self.predict(y).sigmoid())
 
-    @can_return_tuple
+    @named_arguments
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -207,22 +280,44 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
-        **kwargs: Any,
+        position_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        num_feedback_steps: int | None = None,
+        output_hidden_states: bool | None = None,
+        output_feedback_states: bool | None = None,
     ) -> FeedbackQuestionAnsweringOutput:
-        """start_positions and end_positions [B]"""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        given = start_positions is not None and end_positions is not None
-        outputs = self.run(given, **{**kwargs, **inputs, "use_cache": False})
-
-        def step_loss(y: Tensor) -> Tensor:
-            start, end = self.predict(y).unbind(-1)
-            return self.loss_function(start, end, start_positions, end_positions)
-
+        """Return start_logits and end_logits [B, T], and the loss over start_positions and end_positions [B]."""
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("An answer has two ends: give start_positions and end_positions, or neither.")
+        outputs = self.run(
+            start_positions is not None,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            num_feedback_steps=num_feedback_steps,
+            use_cache=False,
+            output_hidden_states=output_hidden_states,
+            output_feedback_states=output_feedback_states,
+        )
         start, end = self.predict(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None:
+            for name, given in (("start_positions", start_positions), ("end_positions", end_positions)):
+                if [*given.shape] not in ([len(start)], [len(start), 1]):
+                    raise ValueError(
+                        f"{name} have the shape {[*given.shape]} and the input {[*start.shape]}: give a position for "
+                        "each row."
+                    )
+
+            def step_loss(y: Tensor) -> Tensor:
+                start, end = self.predict(y).unbind(-1)
+                return self.loss_function(start, end, start_positions, end_positions)
+
+            loss = self.mean_loss(step_loss, outputs, mean=lambda x: row_means(x, attention_mask).mean())
         return FeedbackQuestionAnsweringOutput(
-            loss=self.mean_loss(step_loss, outputs, mean=lambda x: row_means(x, attention_mask).mean())
-            if given
-            else None,
+            loss=loss,
             start_logits=start,
             end_logits=end,
             hidden_states=outputs.hidden_states,

@@ -1,12 +1,14 @@
-"""What the stock Trainer lacks: drawn step counts, distillation, Muon, a stop on NaN, and surviving a crash."""
+"""Add what the stock Trainer lacks: drawn passes, distillation, Muon, a stop on NaN, training that can be killed."""
 
-from .callbacks import SampleFeedbackSteps, draw_steps, set_steps
+from .callbacks import SampleFeedbackSteps, draw_steps, own_steps, set_steps, trained_with, with_steps
 from .checkpoints import Sigterm, check_complete, last_complete_checkpoint, saving, train_safely
+from .collators import DataCollatorForLeftPadding
 from .distillation import Distill, divergence
 from .non_finite import StopOnNonFinite, first_non_finite
 from .optimizers import MuonAdamW
 
 __all__ = [
+    "DataCollatorForLeftPadding",
     "Distill",
     "MuonAdamW",
     "SampleFeedbackSteps",
@@ -17,7 +19,10 @@ __all__ = [
     "draw_steps",
     "first_non_finite",
     "last_complete_checkpoint",
+    "own_steps",
     "saving",
     "set_steps",
     "train_safely",
+    "trained_with",
+    "with_steps",
 ]

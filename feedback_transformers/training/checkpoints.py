@@ -29,9 +29,10 @@ from transformers.trainer_utils import TrainOutput
 MANIFEST = "complete.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, a limit on the size of a file
 FULL_MESSAGES = (
-    "PytorchStreamWriter failed writing",
-    *(f"os error {number}" for number in FULL),
-)  # torch, safetensors
+    *("PytorchStreamWriter failed writing", "unexpected pos", "iostream error"),  # torch, by how much was written
+    *(os.strerror(number) for number in FULL),  # torch's older format, tensorboard
+    *(f"os error {number}" for number in FULL),  # safetensors
+)
 
 
 def last_complete_checkpoint(folder: str | Path, prefix: str = "checkpoint-") -> str | None:

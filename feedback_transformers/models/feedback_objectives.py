@@ -1,0 +1,105 @@
+"""Losses over targets, and checks of labels. Shapes: B batch, T positions, V vocabulary, L labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import logging
+
+from .feedback_padding import behind_padding
+
+logger = logging.get_logger(__name__)
+
+
+def check_shape(labels: Tensor, logits: Tensor) -> None:
+    """Reject labels that are not one for each position of the logits [B, T, V]."""
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"labels have the shape {[*labels.shape]} and the logits {[*logits.shape]}: give a label for each "
+            "position that has logits, -100 where there is none."
+        )
+
+
+def check_classes(labels: Tensor, name: str, size: int, ignored: int = -100) -> None:
+    """Reject labels that are not numbers of classes below `size`, in words of the config.
+
+    Their values are compared on a CPU only, where that costs nothing; elsewhere the loss stops in its own way.
+    """
+    if labels.is_floating_point():
+        raise ValueError(f"labels are {labels.dtype}: give the number of a class, labels.long().")
+    if torch.compiler.is_compiling() or labels.device.type != "cpu" or not labels.numel():
+        return
+    low, high = int(labels.masked_fill(labels == ignored, 0).min()), int(labels.max())
+    if high >= size:
+        raise ValueError(f"labels go up to {high} and {name} is {size}: set {name} in the config.")
+    if low < 0:
+        raise ValueError(f"labels go down to {low}: number them from 0, and give {ignored} where there is none.")
+
+
+def shift(labels: Tensor, ignored: int = -100) -> Tensor:
+    """Return the label of the next position, [B, T], as transformers' ForCausalLMLoss shifts them."""
+    return F.pad(labels, (0, 1), value=ignored)[:, 1:].contiguous()
+
+
+def targets_of_texts(
+    targets: Tensor, mask: Tensor, num_items_in_batch: Tensor | int | None, ignored: int = -100
+) -> tuple[Tensor, Tensor | int | None]:
+    """Leave out the first token behind padding, which no text before it predicts; also of the number of targets.
+
+    `targets` [B, T] stand at the position that predicts them. Padding stands behind the text inside the model, so the
+    position before the first token has read all of the text. Trainer has counted that token in `num_items_in_batch`.
+    The number is corrected by the share of the targets here that are left out. This is exact for a batch in one
+    part. Of a batch in several parts (gradient accumulation, several processes), a part knows its own targets only:
+    the loss then is a mean of the means of the parts, and each has the weight that Trainer counted. Labels of -100
+    are exact there too, as training.DataCollatorForLeftPadding gives them.
+    """
+    hidden = F.pad(behind_padding(mask), (0, 1))[:, 1:]
+    kept = targets.masked_fill(hidden.to(targets.device), ignored)
+    if num_items_in_batch is None:
+        return kept, None
+    counted, real = (targets != ignored).sum(), (kept != ignored).sum()
+    if not torch.compiler.is_compiling() and counted != real and counted != num_items_in_batch:
+        logger.warning_once(
+            "The first token of a text has no target, and Trainer counts it where padding stands before it: the parts "
+            "of a batch are then weighted a little otherwise than on the right. Pad on the right, or wrap the data "
+            "collator in feedback_transformers.training.DataCollatorForLeftPadding."
+        )
+    share = torch.where(real > 0, real / counted.clamp(min=1), 1.0)
+    return kept, num_items_in_batch * share
+
+
+def warn_of_padding(mask: Tensor) -> None:
+    """Warn that a loss outside of the model would ask for the first token behind padding, where there is padding."""
+    if not torch.compiler.is_compiling() and behind_padding(mask).any():
+        logger.warning_once(
+            "A loss that is taken outside of the model, as Trainer's label smoothing, predicts the first token behind "
+            "padding from a position that has read the text, unless its label is -100: pad on the right, or wrap the "
+            "data collator in feedback_transformers.training.DataCollatorForLeftPadding."
+        )
+
+
+def token_mean(
+    x: Tensor,
+    targets: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Return the mean of x [B, T] over the positions with a target, as transformers' ForCausalLMLoss takes it."""
+    here = targets.to(x.device) != ignore_index
+    return (x * here).sum() / (here.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def token_loss(logits: Tensor, weight: Tensor, targets: Tensor, **kwargs: Any) -> Tensor:
+    """Return the cross entropy of logits [B, T, V] with targets [B, T], each position weighted by weight [B, T]."""
+    ignored = kwargs.get("ignore_index", -100)
+    losses = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none", ignore_index=ignored)
+    return token_mean(losses * weight, targets, **kwargs)
+
+
+def row_means(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the mean of x [B, T] over the real positions of each row, [B]."""
+    real = torch.ones_like(x) if mask is None else mask[:, -x.shape[1] :].to(x)
+    return (x * real).sum(1) / real.sum(1).clamp(min=1)
