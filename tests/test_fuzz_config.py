@@ -100,7 +100,7 @@ def inputs_of(model) -> tuple[dict, dict]:
         return {"input_ids": ids}, {"labels": ids % config.num_labels}
     if head is FeedbackForQuestionAnswering:
         return {"input_ids": ids}, {name: torch.tensor([0, 1]) for name in ("start_positions", "end_positions")}
-    return {"input_ids": ids}, {"labels": ids} if learns else {}
+    return {"input_ids": ids}, {"labels": ids}
 
 
 def labels_of(config: FeedbackConfig, batch: int) -> torch.Tensor:
@@ -124,7 +124,7 @@ def cached_equals_uncached(model, ids: torch.Tensor) -> None:
 
 def learns(model, inputs: dict, labels: dict) -> None:
     model.train()
-    outputs = model(**inputs, **labels)
+    outputs = model(**inputs, **({} if isinstance(model, FeedbackModel) else labels))
     (outputs[0].square().sum() if isinstance(model, FeedbackModel) else outputs.loss).backward()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert gradients and all(gradient.isfinite().all() for gradient in gradients)
