@@ -1,4 +1,4 @@
-"""An extension of griffe: the fields of a config are its parameters, so that the API reference shows their defaults."""
+"""An extension of griffe that makes the fields of a config its parameters: the reference then shows their defaults."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from griffe import Class, Extension, Function, Parameter, ParameterKind, Paramet
 
 
 class ConfigFields(Extension):
-    """Give classes that are decorated with huggingface_hub's `strict` an `__init__`, as griffe does for dataclasses."""
+    """Give classes decorated with huggingface_hub's `strict` an `__init__`, as griffe does for dataclasses."""
 
     def on_class(self, *, cls: Class, **kwargs: Any) -> None:
         if not any(str(decorator.value) == "strict" for decorator in cls.decorators):

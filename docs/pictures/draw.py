@@ -122,7 +122,7 @@ def draw_axes(axes: Axes, kind: str) -> None:
 
 
 def draw_solvers(axes: Axes, kind: str) -> None:
-    """Number the cells of six positions in the order of their computation; those of one number are computed together."""
+    """Number the cells of six positions in the order of their computation; equal numbers are computed together."""
     blank(axes, 7.4, 3.4, -0.6)
     shades = ("#d9ecf3", "#9ccbdd", "#4f9fbe")
     for column in range(6):
