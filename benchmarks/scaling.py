@@ -1,6 +1,6 @@
 """Compute by formula what training costs in memory, communication and time, and check that by runs of four sizes.
 
-python -m benchmarks.scaling           # measures what is missing, prints the check and the plan of docs/scaling.md
+python -m benchmarks.scaling            # measures what is missing, prints the tables of docs/guides/machines.md
 python -m benchmarks.scaling --report   # prints them from the recorded runs
 
 The formulas are of language models with transformer layers. These feed back their state through a gate, in passes over
@@ -301,15 +301,18 @@ def run() -> list[dict[str, Any]]:
 
 
 def check(runs: list[dict[str, Any]]) -> None:
-    """Print what the formulas say as a share of what was measured."""
-    names = list(formulas(WIDTHS[0]))
-    print(f"| width | {' | '.join(names)} | CPU seconds | of the rate of its products |")
-    print("|" + "---|" * (len(names) + 3))
-    for run in runs:
-        expected = formulas(run["width"])
-        shares = [f"{expected[name] / run[name]:.3f}" for name in names]
-        rate = expected["flops"] / run["seconds"] / run["matmul rate"]
-        print(f"| {run['width']} | {' | '.join(shares)} | {run['seconds']:.3f} | {rate:.2f} |")
+    """Print what the formulas say as a share of what was measured, with a column for each width."""
+    expected = [formulas(run["width"]) for run in runs]
+    rows = {
+        name: [f"{e[name] / run[name]:.3f}" for e, run in zip(expected, runs, strict=True)] for name in expected[0]
+    }
+    rows["CPU seconds"] = [f"{run['seconds']:.3f}" for run in runs]
+    rates = [e["flops"] / run["seconds"] / run["matmul rate"] for e, run in zip(expected, runs, strict=True)]
+    rows["of the rate of its products"] = [f"{rate:.2f}" for rate in rates]
+    print("| width |", " | ".join(str(run["width"]) for run in runs), "|")
+    print("|" + "---|" * (len(runs) + 1))
+    for name, cells in rows.items():
+        print(f"| {name} |", " | ".join(cells), "|")
 
 
 # The plan

@@ -1,4 +1,4 @@
-"""What it costs to be prepared for a crash; the figures of docs/crashes.md.
+"""What it costs to be prepared for a crash; the figures of docs/guides/crashes.md.
 
 python tests/crash_overhead.py
 """

@@ -1,4 +1,4 @@
-"""What a push and a pull of a model cost; the figures of docs/hub.md.
+"""What a push and a pull of a model cost; the figures of docs/guides/share.md.
 
 python tests/hub_overhead.py
 """

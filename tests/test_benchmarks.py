@@ -1,5 +1,6 @@
 """What the benchmarks share, and that their reports read the recorded runs."""
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import claims, exactness, growth, halting, timing, training
+from benchmarks import claims, exactness, growth, halting, scaling, small_beats_large, timing, training
 from benchmarks.retrofit import __main__ as retrofit
 from benchmarks.tasks import __main__ as tasks
 
@@ -52,11 +53,47 @@ def test_report_of_retrofits(capsys):
     assert reached == ("FAIL  " not in printed) and "pass  " in printed
 
 
-def test_the_results_page_shows_the_recorded_runs():
-    text = (Path(__file__).parents[1] / "docs" / "results" / "tasks.md").read_text(encoding="utf-8")
+def page(name: str) -> str:
+    return (Path(__file__).parents[1] / "docs" / name).read_text(encoding="utf-8")
+
+
+def test_the_page_of_tasks_shows_the_recorded_runs():
+    text = page("results/tasks.md")
     rows = [row for columns in tasks.OVERVIEWS for row in tasks.overview(columns)]
     for row in [*rows, *(row for heading in tasks.SEEDS_OF for row in tasks.by_seed(heading))]:
         assert row in text
+
+
+def test_the_page_of_language_shows_the_recorded_runs(capsys):
+    text = page("results/language.md")
+    small_beats_large.report()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(printed) == 5 and all(row in text for row in printed)
+    runs, names = claims.finished(), ("feedback", "control", "equal compute")
+    for width in claims.WIDTHS:
+        lines = [runs["language", name, width][0] for name in names]
+        losses = " | ".join(f"{line['loss']:.4f}" for line in lines)
+        assert f"| {lines[0]['parameters']:,} | {losses} |" in text
+    for size in claims.EXAMPLES:
+        found = [runs["classification", name, size].values() for name in names[:2]]
+        means = [sum(line["test accuracy"] for line in lines) / len(lines) for lines in found]
+        assert f"| {size:,} | {means[0]:.3f} | {means[1]:.3f} |" in text
+
+
+def test_the_page_of_speed_shows_the_last_recorded_runs():
+    text, newest = page("results/speed.md"), sorted(timing.RESULTS.glob("speed-*.jsonl"))[-1]
+    cases = {line["case"]: line for line in map(json.loads, newest.read_text(encoding="utf-8").splitlines())}
+    assert len(cases) > 20
+    for line in cases.values():
+        assert f"| {line['figure']} | {line['target']} | {'pass' if line['passed'] else 'FAIL'} |" in text
+
+
+def test_the_page_of_machines_shows_the_check_and_the_plan(capsys):
+    lines = scaling.FILE.read_text(encoding="utf-8").splitlines()
+    scaling.check([json.loads(line) for line in lines][-len(scaling.WIDTHS) :])
+    scaling.plan()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert len(printed) > 30 and all(row in page("guides/machines.md") for row in printed)
 
 
 def test_noise_hides_what_a_model_knows():

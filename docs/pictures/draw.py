@@ -122,16 +122,15 @@ def draw_axes(axes: Axes, kind: str) -> None:
 
 
 def draw_solvers(axes: Axes, kind: str) -> None:
-    """Which cells of six positions are computed together: those of one number are."""
-    blank(axes, 7.4, 5, -0.6)
-    shades = ("#d9ecf3", "#9ccbdd", "#4f9fbe", BLUE)
+    """Number the cells of six positions in the order of their computation; equal numbers are computed together."""
+    blank(axes, 7.4, 3.4, -0.6)
+    shades = ("#d9ecf3", "#9ccbdd", "#4f9fbe")
     for column in range(6):
-        axes.text(0.9 + 1.1 * column, -0.35, f"t={column + 1}", ha="center", fontsize=9, color=INK)
-        if kind == "sequential":
-            box(axes, 0.9 + 1.1 * column, 0.7, str(column + 1), 0.8, "#d9ecf3", 0.6)
-        else:
-            for row in range(4):
-                box(axes, 0.9 + 1.1 * column, 0.7 + row, str(row + 1), 0.8, shades[row], 0.6)
+        x = 0.9 + 1.1 * column
+        axes.text(x, -0.35, f"t={column + 1}", ha="center", fontsize=9, color=INK)
+        for row in range(1 if kind == "sequential" else 3):
+            order = {"sequential": column, "jacobi": row, "gauss_seidel": 2 * row + column // 3}[kind]
+            box(axes, x, 0.5 + row, str(order + 1), 0.8, shades[row], 0.6)
     axes.set_title(f'solver="{kind}"', fontsize=11, color=INK, family="monospace")
 
 
@@ -158,8 +157,8 @@ def main() -> None:
         draw_axes(axes, kind)
     figure.savefig(PICTURES / "axes.png", dpi=110)
 
-    figure = Figure(figsize=(10, 3), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2), ("sequential", "jacobi"), strict=True):
+    figure = Figure(figsize=(12, 2.8), layout="constrained")
+    for axes, kind in zip(figure.subplots(1, 3), ("sequential", "jacobi", "gauss_seidel"), strict=True):
         draw_solvers(axes, kind)
     figure.savefig(PICTURES / "solvers.png", dpi=110)
 
