@@ -174,7 +174,7 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         return self
 
     def get_decoder(self) -> nn.Module:
-        """Return the model below the head, as decoder-only models of transformers do."""
+        """Return the model below the head, as transformers means it; the decoder g is `model.decoder`."""
         return self.base_model
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:

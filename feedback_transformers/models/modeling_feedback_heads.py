@@ -213,10 +213,6 @@ class FeedbackLMHead(FeedbackHead):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_decoder(self, *args: Any, **kwargs: Any) -> FeedbackModel:
-        """Return all but the readout, as transformers means it; the decoder g is `model.decoder`."""
-        return self.model
-
     def predict(self, y: Tensor) -> Tensor:
         logits, config = self.lm_head(y), self.config
         cap = getattr(config.backbone_config, "final_logit_softcapping", None) if config.retrofitted_from else None
