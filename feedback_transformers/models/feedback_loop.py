@@ -163,8 +163,10 @@ class FeedbackLoop(nn.Module):
         """Warn where training leaves a closed connection closed, as adapters beside it do."""
         if not self.training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
+        if self.config.feedback_signal == "none" or not hasattr(self.connection, "is_closed"):
+            return  # a registered connection has no closed form
         learns = any(parameter.requires_grad for parameter in self.connection.parameters())
-        if not learns and self.config.feedback_signal != "none" and self.connection.is_closed():
+        if not learns and self.connection.is_closed():
             logger.warning_once(
                 "The feedback of this model is closed and stays so, as training leaves its connection alone: train "
                 "the connection too, with PEFT by modules_to_save=['connection']."
