@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM
+from feedback_transformers.models import feedback_names, feedback_registry
 from feedback_transformers.models.feedback_cells import CELLS
 from feedback_transformers.models.feedback_decoders import DECODERS
 from feedback_transformers.models.feedback_encoders import ENCODERS
@@ -41,6 +42,24 @@ def seed() -> None:
 def fresh_accelerator() -> None:
     """Accelerate keeps the precision of the first Trainer for the whole process."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def registries():
+    """Take back what a test has registered, so that no other test sees it."""
+    kept = [
+        (registry, dict(registry))
+        for registry in (
+            *feedback_registry.REGISTRIES.values(),
+            *(feedback_registry.RECURRENCES, feedback_names.REGISTERED, feedback_names.CHOICES),
+        )
+    ]
+    recurrent = list(feedback_names.RECURRENT_TYPES)
+    yield
+    for registry, before in kept:
+        registry.clear()
+        registry.update(before)
+    feedback_names.RECURRENT_TYPES[:] = recurrent
 
 
 def encode(text: str) -> list[int]:

@@ -26,7 +26,7 @@ def push_to_folder(model, repository):
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
-def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch, registries):
     """A folder of the same name stands in for a repository of the Hub."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(FeedbackPreTrainedModel, "push_to_hub", push_to_folder)

@@ -14,7 +14,7 @@ from test_hub import run_elsewhere
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from feedback_transformers import FeedbackForCausalLM, FeedbackModel, register
-from feedback_transformers.models import feedback_names, feedback_registry
+from feedback_transformers.models import feedback_registry
 from feedback_transformers.models.feedback_scan import scan, scan_reference
 
 CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -101,16 +101,9 @@ HERE = """
 
 
 @pytest.fixture
-def own(tmp_path, monkeypatch):
+def own(tmp_path, monkeypatch, registries):
     """Import a file of that text from a folder of its own; all registries are as before in the end."""
-    kept = [
-        (registry, dict(registry))
-        for registry in (
-            *feedback_registry.REGISTRIES.values(),
-            *(feedback_registry.RECURRENCES, feedback_names.REGISTERED, feedback_names.CHOICES),
-        )
-    ]
-    recurrent, modules = list(feedback_names.RECURRENT_TYPES), set(sys.modules)
+    modules = set(sys.modules)
     monkeypatch.syspath_prepend(str(tmp_path / "mine"))
 
     def load(name: str, text: str):
@@ -120,10 +113,6 @@ def own(tmp_path, monkeypatch):
         return importlib.import_module(name)
 
     yield load
-    for registry, before in kept:
-        registry.clear()
-        registry.update(before)
-    feedback_names.RECURRENT_TYPES[:] = recurrent
     for name in set(sys.modules) - modules:
         if name in ("leaky", "parts") or name.endswith((".leaky", ".parts")):
             del sys.modules[name]
