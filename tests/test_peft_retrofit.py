@@ -54,7 +54,10 @@ METHODS = {name: (PEFT_TYPE_TO_CONFIG_MAPPING[name], fields) for name, fields in
     "PiSSA": (LoraConfig, {"init_lora_weights": "pissa"}),
     "OLoRA": (LoraConfig, {"init_lora_weights": "olora"}),
     "all-linear DoRA": (LoraConfig, {"use_dora": True, "target_modules": "all-linear"}),
-    "named IA3": (PEFT_TYPE_TO_CONFIG_MAPPING["IA3"], {"target_modules": ["signal_proj"], "feedforward_modules": []}),
+    "named IA3": (
+        PEFT_TYPE_TO_CONFIG_MAPPING["IA3"],
+        {"target_modules": ["k_proj", "signal_proj"], "feedforward_modules": []},
+    ),
     "told DoRA": (LoraConfig, {"use_dora": True, "modules_to_save": ["connection"]}),
 }
 UNMERGEABLE = ("BEFT", "LILY")  # PEFT merges no bias into a layer without one, and nothing of Lily

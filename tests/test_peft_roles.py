@@ -1,6 +1,7 @@
 """What PEFT knows a model of transformers by: default modules, tied embeddings, encoders, checkpoints."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -50,18 +51,19 @@ def test_defaults_reach_the_loop_of_every_cell(method, cell, axis):
 
 
 @pytest.mark.parametrize("ensure", [False, True])
-def test_tied_embeddings_are_treated_as_those_of_llama(ensure, recwarn):
+def test_tied_embeddings_are_treated_as_those_of_llama(ensure):
     """Both layers are adapted with ensure_weight_tying, and PEFT warns where only one is."""
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "tie_word_embeddings": True}
     seen = []
     for model in (LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)), build(**sizes)):
         config = LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=ensure, init_lora_weights=False)
-        recwarn.clear()
-        adapted = get_peft_model(model, config).eval()
-        layers = [name.split(".")[-1] for name, part in adapted.named_modules() if hasattr(part, "base_layer")]
-        logits = adapted(input_ids=tokens()).logits
-        merged = adapted.merge_and_unload()
-        warned = sorted({str(each.message).split(".")[0] for each in recwarn if "tie" in str(each.message)})
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            adapted = get_peft_model(model, config).eval()
+            layers = [name.split(".")[-1] for name, part in adapted.named_modules() if hasattr(part, "base_layer")]
+            logits = adapted(input_ids=tokens()).logits
+            merged = adapted.merge_and_unload()
+        warned = sorted({str(each.message).split(".")[0] for each in given if "tie" in str(each.message)})
         seen.append((sorted(layers), warned))
         same = torch.allclose(merged(tokens()).logits, logits, atol=1e-3)
         assert same or not ensure or merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
