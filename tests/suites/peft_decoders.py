@@ -1,4 +1,4 @@
-"""PEFT's own tests of decoder models, over our models and over Llama as a yardstick; run by test_peft_decoders.py.
+"""PEFT's own tests of decoder models, over a tiny checkpoint of each cell; run by test_peft_decoders.py.
 
 They come from the sdist of the installed version, whose folder stands in FEEDBACK_SDIST, and are left as they are, but
 for the models they load: tiny checkpoints in the working directory, in place of those on the Hub. Tests that name a
@@ -13,7 +13,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, retrofit
 
@@ -37,12 +39,12 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LAYERS = {"num_encoder_layers": 1, "num_feedback_layers": 1, "num_decoder_layers": 1, "num_feedback_steps": 2}
+LAYERS = {"num_encoder_layers": 2, "num_feedback_layers": 1, "num_decoder_layers": 1, "num_feedback_steps": 2}
 TIME = {**SIZES, **LAYERS, "feedback_axis": "time"}
 DEPTH = {**SIZES, **LAYERS, "feedback_axis": "depth"}
 MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=3)),
-    "retrofit": lambda: retrofit(MODELS["llama"](), encoder_layers=1, decoder_layers=1, num_feedback_steps=2),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=4)),
+    "retrofit": lambda: retrofit(MODELS["llama"](), encoder_layers=2, decoder_layers=1, num_feedback_steps=2),
     "transformer": lambda: FeedbackForCausalLM(FeedbackConfig(**DEPTH, feedback_type="transformer")),
     "mlp": lambda: FeedbackForCausalLM(FeedbackConfig(**DEPTH, feedback_type="mlp")),
     "conv": lambda: FeedbackForCausalLM(FeedbackConfig(**TIME, feedback_type="conv")),
@@ -55,10 +57,11 @@ MODELS = {
 CONFIGS = [
     (config, fields)
     for config, fields in test_decoder_models.ALL_CONFIGS
-    if config.__name__ in ("AdaLoraConfig", "IA3Config", "LoraConfig", "OFTConfig", "PromptTuningConfig", "VeraConfig")
+    if config.__name__ in ("IA3Config", "LoraConfig", "OFTConfig", "PromptTuningConfig")
     and fields.get("alora_invocation_tokens") != [1000]  # which is never invoked
 ]
-LISTS = {"model_id": list(MODELS), "config_cls,config_kwargs": CONFIGS}
+HUB = ("test_prompt_learning_with_gradient_checkpointing",)  # which reads a data set of the Hub
+LISTS = {"model_id": [name for name in MODELS if name != "llama"], "config_cls,config_kwargs": CONFIGS}
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +92,8 @@ for name, make in MODELS.items():
     if not Path(name).exists():
         torch.manual_seed(0)
         make().save_pretrained(name)
+        words = Tokenizer(WordLevel({str(i): i for i in range(99)}, unk_token="0"))
+        PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0", eos_token="2").save_pretrained(name)
 for name, test in vars(test_decoder_models.TestDecoderModels).items():
-    if name.startswith("test_"):
-        setattr(TestDecoders, name, over_our_models(test))
+    if name.startswith("test_"):  # pytest leaves out what is None
+        setattr(TestDecoders, name, None if name in HUB else over_our_models(test))
