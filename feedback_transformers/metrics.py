@@ -1,4 +1,4 @@
-"""Metrics with the interface of `evaluate`, which need no download: `evaluate.load` fetches each of them from the Hub.
+"""Offer metrics with the interface of `evaluate` that need no download: `evaluate.load` fetches each from the Hub.
 
     from feedback_transformers import metrics
 
@@ -25,7 +25,7 @@ _TEXTS = [
 
 
 class OfflineMetric(evaluate.Metric):
-    """A metric described by its docstring and attributes, which keeps its examples in memory if it has one process."""
+    """Describe a metric by its docstring and attributes, which keeps its examples in memory if it has one process."""
 
     inputs: Features | list[Features]
     source = ""
@@ -48,7 +48,7 @@ class OfflineMetric(evaluate.Metric):
 
 
 class Accuracy(OfflineMetric):
-    """The share of predictions that equal their reference. Options: `normalize`, `sample_weight` of scikit-learn."""
+    """Return the share of predictions that equal their reference; `normalize`, `sample_weight` as in scikit-learn."""
 
     inputs = _LABELS
 
@@ -59,7 +59,7 @@ class Accuracy(OfflineMetric):
 
 
 class F1(OfflineMetric):
-    """The harmonic mean of precision and recall.
+    """Return the harmonic mean of precision and recall.
 
     Options: `average` ("binary", the default, "micro", "macro", "weighted", or None: one value per class),
     `pos_label`, `labels` and others of scikit-learn's f1_score.
@@ -76,7 +76,7 @@ class F1(OfflineMetric):
 
 
 class Perplexity(OfflineMetric):
-    """exp of the mean negative log-likelihood per token, over all tokens of all examples whose label is not -100.
+    """Return exp of the mean negative log-likelihood per token, over all tokens whose label is not -100.
 
     References are labels [N, T]. Predictions are the logits [N, T, V] or, smaller by a factor of V, the negative
     log-likelihoods in nats [N, T] of these labels. Examples may differ in T. Position t predicts label t; with
@@ -108,7 +108,7 @@ class Perplexity(OfflineMetric):
 
 
 class SacreBLEU(OfflineMetric):
-    """Corpus BLEU [0, 100].
+    """Return corpus BLEU [0, 100].
 
     References: a text, or a list of texts, per prediction. Options: those of sacrebleu.BLEU.
     """
@@ -125,7 +125,7 @@ class SacreBLEU(OfflineMetric):
 
 
 class ChrF(OfflineMetric):
-    """Corpus chrF [0, 100], an F-score of character n-grams; chrF++ with `word_order=2`.
+    """Return corpus chrF [0, 100], an F-score of character n-grams; chrF++ with `word_order=2`.
 
     References: a text, or a list of texts, per prediction. Options: those of sacrebleu.CHRF.
     """
@@ -141,7 +141,7 @@ class ChrF(OfflineMetric):
 
 
 class ROUGE(OfflineMetric):
-    """F-measures [0, 1] of ROUGE, the mean over the examples; with several references, of the best one each.
+    """Return F-measures [0, 1] of ROUGE: the mean over the examples; with several references, of the best one each.
 
     References: a text, or a list of texts, per prediction. Options: `rouge_types`, `use_stemmer`. rougeLsum expects
     sentences on lines of their own.
@@ -168,7 +168,7 @@ class ROUGE(OfflineMetric):
 
 
 class MASE(OfflineMetric):
-    """Mean absolute scaled error: below 1, a forecast beats the seasonal naive one on the training series.
+    """Return the mean absolute scaled error: below 1, a forecast beats the seasonal naive one on the training series.
 
     mean over h of |y_h - forecast_h|, divided by the mean over t = m+1..T of |y_t - y_{t-m}| of the training series,
     where m is the `periodicity` (Hyndman & Koehler 2006; 1 = the value before). Predictions and references are
@@ -212,7 +212,7 @@ def _as_list(reference: str | list[str]) -> list[str]:
 
 
 def _streams(references: list) -> list[tuple[Any, ...]]:
-    """The k-th reference of every prediction, for each k, as sacrebleu wants them; None where there are fewer."""
+    """Return the k-th reference of every prediction, for each k, as sacrebleu wants them; None where one lacks."""
     return list(zip_longest(*map(_as_list, references)))
 
 
@@ -228,7 +228,7 @@ METRICS: dict[str, type[evaluate.Metric]] = {
 
 
 def load(name: str, **options: Any) -> evaluate.Metric:
-    """The metric `name` of `METRICS`; options are those of `evaluate.Metric` (num_process, process_id, ...)."""
+    """Return the metric `name` of `METRICS`; options are those of `evaluate.Metric` (num_process, process_id, ...)."""
     if name not in METRICS:
         raise ValueError(f"Unknown metric {name!r}: choose one of {', '.join(METRICS)}.")
     return METRICS[name](**options)

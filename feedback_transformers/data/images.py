@@ -1,4 +1,4 @@
-"""Image data sets."""
+"""Read image data sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def mnist_5k() -> DatasetDict:
-    """5,000 digits of MNIST: `image` (PIL, 28 x 28, grey) and `label`, 500 of each class.
+    """Return 5,000 digits of MNIST: `image` (PIL, 28 x 28, grey) and `label`, 500 of each class.
 
     3,500 train, 500 validation, 1,000 test. The classes take turns, 0 to 9, so every split is balanced.
     """

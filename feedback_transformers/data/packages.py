@@ -1,4 +1,4 @@
-"""The pinned packages that hold the data. Their files are opened; nothing of theirs is ever imported."""
+"""List the pinned packages that hold the data. Their files are opened; nothing of theirs is ever imported."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHA256 = {"vaderSentiment": "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b3
 
 
 def installed_version(package: str) -> str | None:
-    """The version of `package` in this environment, whatever it is, or None."""
+    """Return the version of `package` in this environment, whatever it is, or None."""
     try:
         return distribution(package).version
     except PackageNotFoundError:
@@ -32,7 +32,7 @@ def installed_version(package: str) -> str | None:
 
 
 def find(package: str, path: str) -> Path | None:
-    """The file or folder `path` of a package, or None where it is not installed."""
+    """Return the file or folder `path` of a package, or None where it is not installed."""
     if installed_version(package) is None:
         return None
     found = Path(str(distribution(package).locate_file(path)))
@@ -40,7 +40,7 @@ def find(package: str, path: str) -> Path | None:
 
 
 def file(package: str, path: str) -> Path:
-    """The file or folder `path` of one of PACKAGES, as pip installed it."""
+    """Return the file or folder `path` of one of PACKAGES, as pip installed it."""
     found = find(package, path)
     if found is None:
         raise _missing(f"{package}=={PACKAGES[package]}")
@@ -55,7 +55,7 @@ def file(package: str, path: str) -> Path:
 
 
 def archive(package: str) -> Path:
-    """The source archive of a package, in the cache directory."""
+    """Return the source archive of a package, in the cache directory."""
     found = archive_path(package)
     if not found.exists():
         raise _missing(f"the source archive of {package}=={ARCHIVES[package]}")
@@ -65,12 +65,12 @@ def archive(package: str) -> Path:
 
 
 def archive_path(package: str) -> Path:
-    """Where `archive` looks."""
+    """Return the file that `archive` looks for."""
     return cache_directory() / f"{package}-{ARCHIVES[package]}.zip"
 
 
 def cache_directory() -> Path:
-    """$FEEDBACK_TRANSFORMERS_CACHE, or else ~/.cache/feedback_transformers."""
+    """Return $FEEDBACK_TRANSFORMERS_CACHE, or else ~/.cache/feedback_transformers."""
     return Path(os.environ.get("FEEDBACK_TRANSFORMERS_CACHE") or "~/.cache/feedback_transformers").expanduser()
 
 

@@ -1,4 +1,4 @@
-"""Time series: a data set, and the windows that a forecasting model trains on."""
+"""Read a time series, and cut the windows that a forecasting model trains on."""
 
 from __future__ import annotations
 

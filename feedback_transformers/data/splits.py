@@ -1,4 +1,4 @@
-"""Fixed train / validation / test splits: no random numbers, so they are the same on every machine."""
+"""Make fixed train, validation and test splits: no random numbers, so they are the same on every machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def cut(columns: dict[str, Any], train_end: int, validation_end: int, features: Features | None = None) -> DatasetDict:
-    """Cuts columns of equal length, in their order, into [0, train_end), [train_end, validation_end) and the rest."""
+    """Cut columns of equal length, in their order, into [0, train_end), [train_end, validation_end) and the rest."""
     from datasets import Dataset, DatasetDict
 
     slices = {
@@ -29,7 +29,7 @@ def cut(columns: dict[str, Any], train_end: int, validation_end: int, features: 
 
 
 def cut_by_hash(columns: dict[str, list], key: list[str], features: Features | None = None) -> DatasetDict:
-    """Orders the rows by a hash of `key` and cuts at 80 % and 90 % of its range.
+    """Order the rows by a hash of `key` and cut at 80 % and 90 % of its range.
 
     Rows whose keys have the same letters and digits share a hash, so repeated texts never cross splits; and any
     slice of a split is a fair sample.

@@ -1,4 +1,4 @@
-"""Text data sets: language modelling, classification, translation, summarization."""
+"""Read text data sets: language modelling, classification, translation, summarization."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def shakespeare() -> DatasetDict:
-    """The 35 plays of the first folio, sorted by file name: `text`, a play (or a part of one) per row.
+    """Return the 35 plays of the first folio, sorted by file name: `text`, a play (or a part of one) per row.
 
     The joined texts of train are exactly the first 90 % of the characters, those of validation and test the next
     5 % each. The bytes are decoded as latin-1, so a character is a byte (7 files hold some UTF-8 ligatures).
@@ -37,7 +37,7 @@ def shakespeare() -> DatasetDict:
 
 
 def python_docs() -> DatasetDict:
-    """The language reference that Python's `help()` shows: `topic`, `text`, the longest first.
+    """Return the language reference that Python's `help()` shows: `topic`, `text`, the longest first.
 
     It comes with CPython and differs a little between versions of Python. Many topics repeat parts of larger ones:
     a topic that shares a paragraph with a larger topic is left out. Of each ten, the fifth is for validation and the
@@ -61,7 +61,7 @@ def python_docs() -> DatasetDict:
 
 
 def movie_sentiment() -> DatasetDict:
-    """Sentences of film reviews: `text`, `label` (negative, positive), `score` in [-4, 4], the mean of the raters.
+    """Return sentences of film reviews: `text`, `label` (negative, positive), `score` in [-4, 4], a mean of raters.
 
     The label is the sign of the score; 37 sentences of score 0 count as negative. 80/10/10 % by a hash of the text.
     Source: Hutto & Gilbert, "VADER" (ICWSM 2014).
@@ -83,7 +83,7 @@ def movie_sentiment() -> DatasetDict:
 
 
 def modern_bible() -> DatasetDict:
-    """Verses of the King James Version, `source`, and of the World English Bible, `target`.
+    """Return verses of the King James Version, `source`, and of the World English Bible, `target`.
 
     Translators' notes are removed; verses that one of the two does not have are left out. 80/10/10 % by a hash of the
     source.
@@ -109,7 +109,7 @@ def modern_bible() -> DatasetDict:
 
 
 def aws_docs() -> DatasetDict:
-    """Summaries of operations of AWS: the first sentence of the documentation, `target`, from the rest, `source`.
+    """Return summaries of AWS operations: the first sentence of the documentation, `target`, from the rest, `source`.
 
     The newest version of each service; the rest has 100 characters or more; a first sentence that several operations
     share says nothing of the rest and is left out. 80/10/10 % by a hash of the source.
@@ -131,6 +131,6 @@ def aws_docs() -> DatasetDict:
 
 
 def _plain(document: str) -> str:
-    """The text of a piece of HTML, on one line; tags inside a sentence leave no space."""
+    """Return the text of a piece of HTML, on one line; tags inside a sentence leave no space."""
     document = re.sub(r"</?(a|b|code|em|i|span|strong|tt)\b[^>]*>", "", document)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", document)).split())

@@ -1,4 +1,4 @@
-"""Tokenizers made from a text, and the blocks of tokens that a language model trains on."""
+"""Make tokenizers from a text, and the blocks of tokens that a language model trains on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SPECIAL_TOKENS = ["<pad>", "<unk>", "<s>", "</s>"]
 
 
 def characters(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token per character of `texts`, after the special tokens <pad>, <unk>, <s> and </s>."""
+    """Make a tokenizer with one token per character of `texts`, after the special tokens <pad>, <unk>, <s>, </s>."""
     from tokenizers import Tokenizer, decoders, models
 
     alphabet = sorted(set().union(*texts))
@@ -30,7 +30,7 @@ def characters(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def subwords(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on `texts`, with the special tokens of `characters`: no text is unknown to it."""
+    """Train byte-level BPE on `texts`, with the special tokens of `characters`: no text is unknown to it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -64,7 +64,7 @@ def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def blocks(
     dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str = "text"
 ) -> AnyDataset:
-    """Joins the tokens of all texts and cuts them into `input_ids` [block_size], with `attention_mask` and `labels`.
+    """Join the tokens of all texts and cut them into `input_ids` [block_size], with `attention_mask` and `labels`.
 
     The labels are the input_ids: causal models of transformers shift them. Unlike the `group_texts` of run_clm.py it
     drops tokens only once, at the end, and not once per 1,000 rows.

@@ -36,7 +36,7 @@ FULL_MESSAGES = (
 
 
 def last_complete_checkpoint(folder: str | Path, prefix: str = "checkpoint-") -> str | None:
-    """The folder of the latest step that is complete: all files of its manifest are there, and what they were.
+    """Return the folder of the latest step that is complete: all files of its manifest are there, and what they were.
 
     Checkpoints without a manifest, which neither `train_safely` nor `saving` wrote, don't count: name those yourself.
     """
@@ -45,7 +45,7 @@ def last_complete_checkpoint(folder: str | Path, prefix: str = "checkpoint-") ->
 
 
 def check_complete(checkpoint: str | Path) -> None:
-    """Raises ValueError if files of this folder are missing or not what its manifest says; without one, never."""
+    """Raise ValueError if files of this folder are not what its manifest says; a folder without one passes."""
     if (Path(checkpoint) / MANIFEST).exists() and not _is_complete(Path(checkpoint)):
         raise ValueError(
             f"{checkpoint} is damaged, its files are not those of its {MANIFEST}: resume from another checkpoint, or "
@@ -54,7 +54,7 @@ def check_complete(checkpoint: str | Path) -> None:
 
 
 def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOutput:
-    """`trainer.train()` that can be killed at any moment and resumed with the same final weights.
+    """Call `trainer.train()` so that it can be killed at any moment and resumed with the same final weights.
 
     Every checkpoint gets a manifest when it is complete, and only then are older ones removed (`save_total_limit`).
     On SIGTERM the step is finished and saved, and the process exits with 0. When a checkpoint can't be written because
@@ -94,9 +94,11 @@ def train_safely(trainer: Trainer, resume: str | bool | None = None) -> TrainOut
 
 
 def finish(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
-    """Where `checkpoint` is of the last step that is asked for: its weights, or the best ones. Trainer makes another
-    step, from which every start of a finished run would have other weights. It does so still where FSDP or DeepSpeed
-    holds the model, which can't be loaded before training."""
+    """Load the weights, or the best ones, where `checkpoint` is of the last step that is asked for.
+
+    Trainer would make another step, so that each start of a finished run would end with other weights. It still does
+    where FSDP or DeepSpeed holds the model, which can't be loaded before training.
+    """
     saved = Path(checkpoint, TRAINER_STATE_NAME)
     if not saved.is_file() or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return None
@@ -117,7 +119,7 @@ def finish(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
 
 @contextmanager
 def saving(checkpoint: str | Path) -> Iterator[None]:
-    """Around what writes the folder `checkpoint` in a loop of one's own, on every process: its manifest, at the end.
+    """Write a manifest at the end of a block that fills the folder `checkpoint`; for a loop of your own, on every process.
 
     `with saving(folder): accelerator.save_state(folder)`. On a full disk the folder is removed, and OSError says so.
     """
@@ -134,7 +136,7 @@ def saving(checkpoint: str | Path) -> Iterator[None]:
 
 
 class Sigterm:
-    """Until `close()`, SIGTERM does not end the process: a loop asks `received()` after each step, saves and stops."""
+    """Hold SIGTERM back until `close()`: a loop asks `received()` after each step, saves and stops."""
 
     def __init__(self) -> None:
         self.came = False
@@ -146,7 +148,7 @@ class Sigterm:
         self.came = True
 
     def received(self) -> bool:
-        """Whether it came, to any process; all processes have to ask together."""
+        """Return whether SIGTERM came to any process; all processes have to ask together."""
         processes = PartialState()
         if processes.num_processes == 1:
             return self.came
@@ -192,7 +194,7 @@ class _CompleteCheckpoints(TrainerCallback):
 
 
 def _checkpoints(folder: str | Path, prefix: str = "checkpoint-") -> list[Path]:
-    """By step."""
+    """Return the checkpoints of a folder, sorted by step."""
     steps = {path: path.name.removeprefix(prefix) for path in Path(folder).glob(f"{prefix}*") if path.is_dir()}
     return sorted((path for path, step in steps.items() if step.isdigit()), key=lambda path: int(steps[path]))
 
@@ -206,7 +208,7 @@ def _is_complete(checkpoint: Path) -> bool:
 
 
 def _write_manifest(checkpoint: Path) -> None:
-    """The files and their checksums, all on the disk itself, as the power may fail too, before the manifest is."""
+    """Write the files' checksums; all files reach the disk itself before the manifest does, as the power may fail."""
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
     checksums = {str(path.relative_to(checkpoint)): _checksum(path, sync=True) for path in files}
     temporary = checkpoint / f"{MANIFEST}.tmp"
@@ -231,7 +233,7 @@ def _checksum(path: Path, sync: bool = False) -> int:
 
 
 def _remove_older(newest: Path, limit: int | None, best: str | None) -> None:
-    """All but `limit` checkpoints, as Trainer does it: the newest and the best stay; unfinished ones go first."""
+    """Remove all but `limit` checkpoints, as Trainer does: the newest and the best stay; unfinished ones go first."""
     if not limit or limit < 0:
         return
     present = _checkpoints(newest.parent)
@@ -247,7 +249,7 @@ def _remove_older(newest: Path, limit: int | None, best: str | None) -> None:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether it, or what it came from, is a disk that takes no more."""
+    """Return whether an error, or what it came from, is a full disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True

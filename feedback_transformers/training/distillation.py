@@ -22,7 +22,7 @@ def divergence(
     attention_mask: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """KL(teacher || model) of logits [B, T, V], in nats, a mean over the tokens that the loss counts.
+    """Return KL(teacher || model) of logits [B, T, V], in nats: the mean over the tokens that the loss counts.
 
     As in the loss, labels [B, T] are shifted, and a batch that comes in parts is divided by `num_items_in_batch`, the
     number of tokens in all of them. Padding is left out even if it has labels, and so is what it would
@@ -37,7 +37,7 @@ def divergence(
 
 
 class Distill(TrainerCallback):
-    """Adds `weight` times KL(teacher || model) on the same text to the loss that the model is trained with.
+    """Add `weight` times KL(teacher || model) on the same text to the loss that the model is trained with.
 
     It is added to the output of the model, so that Trainer scales it as it does the loss; StopOnNonFinite sees the sum
     where it comes later in `callbacks`. The teacher may be the original of a retrofit, and costs no memory then: the

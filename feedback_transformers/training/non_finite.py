@@ -1,4 +1,4 @@
-"""NaN and infinity in training: a stop before the weights change, and where it began."""
+"""Stop training at NaN or infinity, before the weights change, and say where it began."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .checkpoints import last_complete_checkpoint
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Raises, before the weights change, when the loss or a gradient is NaN or infinite.
+    """Raise an error, before the weights change, when the loss or a gradient is NaN or infinite.
 
     The error names the step, the last good checkpoint, the layer where it began and the batch: its number, and its
     rows of the data where they can be told. It is kept too, in `non_finite_batch_<process>.pt` in `output_dir`.
@@ -107,7 +107,7 @@ class StopOnNonFinite(TrainerCallback):
 
 
 def first_non_finite(model: nn.Module, inputs: dict[str, Any], backward: bool = False) -> str | None:
-    """Where `model(**inputs)`, or with `backward` the gradient of its loss, first is NaN or infinite; None if nowhere.
+    """Find where `model(**inputs)`, or with `backward` the gradient of its loss, first is NaN or infinite, or None.
 
     In words: the output of a layer, the gradient at one, the gradient of a weight, or the loss. A layer that is called
     once per feedback step is named with the number of the call.
@@ -146,7 +146,7 @@ def first_non_finite(model: nn.Module, inputs: dict[str, Any], backward: bool = 
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Those of real numbers in what a layer returns."""
+    """Return the floating-point tensors in what a layer returns."""
     if isinstance(output, Tensor):
         if output.is_floating_point() and not output.is_meta:
             yield output
@@ -156,7 +156,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _describe(number: int, inputs: dict[str, Any], args: TrainingArguments, state: TrainerState, loader: Any) -> str:
-    """Where in the data the batch `number` of this step is."""
+    """Say where in the data the batch `number` of this step is."""
     number += state.global_step * args.gradient_accumulation_steps
     if isinstance(loader.dataset, IterableDataset):
         return f"batch {number} of the stream"
@@ -168,7 +168,7 @@ def _describe(number: int, inputs: dict[str, Any], args: TrainingArguments, stat
 
 
 def _rows(loader: Any, number: int, inputs: dict[str, Any]) -> list[int]:
-    """What the sampler drew, if it draws the same once more, so that these rows do make this batch."""
+    """Return what the sampler drew, if it draws the same once more, so that these rows do make this batch."""
     rows: list[int] = next(islice(iter(loader.batch_sampler), number, None), [])
     batch = loader.collate_fn([loader.dataset[row] for row in rows]) if rows else {}
     shared = [name for name in batch if name in inputs]

@@ -1,4 +1,4 @@
-"""Muon for the matrices inside a model and AdamW for the rest, as one optimizer that Trainer takes."""
+"""Train the matrices inside a model with Muon and the rest with AdamW, as one optimizer that Trainer takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """PyTorch's Muon (Jordan et al. 2024) for weight matrices; its AdamW for embeddings, readout, gains and biases,
+    """Use PyTorch's Muon (Jordan et al. 2024) for weight matrices; AdamW for embeddings, readout, gains and biases,
     and for the diagonal maps of recurrences, whose rows are gains.
 
     Trainer takes it as `optimizers=(MuonAdamW(model), None)`, and makes a schedule that scales both learning rates.

@@ -13,7 +13,8 @@ import sdist
 
 IN_ORDER = "(conv|diagonal_gru|gru|lstm|min_gru)"  # the models that go position by position
 KNOWN = {
-    r"test_(?!mixed_adapter_batches_lora_opt).*LoraConfig-config_kwargs2-" + IN_ORDER: "Activated LoRA is refused there.",
+    r"test_(?!mixed_adapter_batches_lora_opt).*LoraConfig-config_kwargs2-"
+    + IN_ORDER: "Activated LoRA is refused there.",
     r"test_training_decoders_gradient_checkpointing\[True-.*": "use_reentrant=True is refused, with what to do.",
     r"test_training_decoders_gradient_checkpointing\[False-(IA3|OFT)Config-config_kwargs\d-retrofit": (
         "The test wants no gradient outside the adapter, but a closed connection is trained whole beside it."

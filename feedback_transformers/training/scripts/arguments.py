@@ -1,4 +1,4 @@
-"""The flags of the example scripts: what ModelArguments and the command line say."""
+"""Read the flags of the example scripts."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ class ModelArguments:
 
     @property
     def hub_options(self) -> dict[str, Any]:
-        """For every from_pretrained of the checkpoint."""
+        """Return what every from_pretrained of the checkpoint gets."""
         options = {"revision": self.model_revision, "token": self.token, "trust_remote_code": self.trust_remote_code}
         return {name: value for name, value in options.items() if value}
 
     def load(self, auto: Any, **fields: Any) -> PreTrainedModel:
-        """The checkpoint, as a model of the class `auto`."""
+        """Load the checkpoint as a model of the class `auto`."""
         model = auto.from_pretrained(self.model_name_or_path, **fields, **self.hub_options)
         if model.config.model_type != FeedbackConfig.model_type:
             raise ValueError(
@@ -68,7 +68,7 @@ class ModelArguments:
         return model
 
     def classes(self, auto: Any) -> list[str]:
-        """The names of the classes that the checkpoint tells apart, if it is a classifier of the kind of `auto`."""
+        """Return the names of the checkpoint's classes, if it is a classifier of the kind of `auto`."""
         if self.model_name_or_path is None:
             return []
         config = AutoConfig.from_pretrained(self.model_name_or_path, **self.hub_options)
@@ -78,7 +78,7 @@ class ModelArguments:
         return [] if unnamed or head not in (config.architectures or []) else names
 
     def config(self, architecture: dict[str, Any], **sizes: Any) -> FeedbackConfig:
-        """The config of a new model: `sizes`, then the preset or else `architecture`, then the overrides."""
+        """Return the config of a new model: `sizes`, then the preset or else `architecture`, then the overrides."""
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(f"Unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}.")
         chosen = architecture if self.preset is None else PRESETS[self.preset]
@@ -86,7 +86,7 @@ class ModelArguments:
 
 
 def overrides(text: str | None) -> dict[str, Any]:
-    """hidden_size=256,is_causal=false,solver=jacobi -> the fields of FeedbackConfig by name"""
+    """Turn hidden_size=256,is_causal=false,solver=jacobi into fields of FeedbackConfig by name."""
     known = [f.name for f in fields(FeedbackConfig)]
     result: dict[str, Any] = {}
     for pair in filter(None, (text or "").split(",")):
@@ -110,7 +110,7 @@ def parse(
     defaults: dict[str, Any] | None = None,
     smoke: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
-    """The dataclasses `types`, filled from the command line, or from the one .json file that it names.
+    """Fill the dataclasses `types` from the command line, or from the one .json file that it names.
 
     `defaults` replace those of the dataclasses, and so does `smoke` with --smoke; what is given wins over both.
     """
@@ -143,7 +143,7 @@ def parse(
 
 
 def command(script: str, arguments: Sequence[str] | None = None) -> str:
-    """How `script` was called, for the model card; without access tokens, since a card is public."""
+    """Return how `script` was called, for the model card; without access tokens, since a card is public."""
     shown: list[str] = []
     secret = False
     for word in sys.argv[1:] if arguments is None else arguments:

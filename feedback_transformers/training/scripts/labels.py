@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def with_classes(dataset: DatasetDict, column: str, known: Sequence[str] = (), trains: bool = False) -> DatasetDict:
-    """The labels of all splits as numbers of one list of classes: those `known` of a checkpoint, else those of train.
+    """Number the labels of all splits by one list of classes: those `known` of a checkpoint, else those of train.
 
     Splits that were read from files of their own number their classes each for itself. A checkpoint that `trains`
     learns the classes of train, where they are others.

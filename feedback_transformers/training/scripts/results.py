@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def train(trainer: Trainer) -> dict[str, float]:
-    """Trains, from the checkpoint that --resume_from_checkpoint says; true is the last complete one of output_dir."""
+    """Train, from the checkpoint that --resume_from_checkpoint says; true is the last complete one of output_dir."""
     given = trainer.args.resume_from_checkpoint
     known = {"true": True, "false": None}
     return train_safely(trainer, known.get(given.lower(), given) if given else None).metrics
@@ -66,8 +66,9 @@ def by_passes(trainer: Trainer, rows: Any, split: str, metric: str | None) -> di
 
 
 def record(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
-    """Prints the metrics and writes them to {split}_results.json and all_results.json in output_dir; none, where
-    nothing was left to train, leave those of the run that did."""
+    """Print the metrics and write them to {split}_results.json and all_results.json in output_dir.
+
+    Without any, as where nothing was left to train, the files keep those of the run that did."""
     if not metrics:
         return
     trainer.log_metrics(split, {name: value for name, value in metrics.items() if "_step_" not in name})  # a table
@@ -76,7 +77,7 @@ def record(trainer: Trainer, split: str, metrics: dict[str, float]) -> None:
 
 
 def publish(trainer: Trainer, processor: Any, results: dict[str, float], **card: Any) -> None:
-    """Writes the model and its card to output_dir, and with --push_to_hub to the Hub too."""
+    """Write the model and its card to output_dir, and with --push_to_hub to the Hub too."""
     args, model = trainer.args, whole(trainer.accelerator, trainer.model)
     if not trainer.is_world_process_zero():
         return
@@ -92,7 +93,7 @@ def set_max_length(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -
 
 
 def whole(accelerator: Accelerator, model: Any) -> Any:
-    """The model without what wraps it; where its weights are in shards, on the main process a copy with all of them.
+    """Return the model without what wraps it; of sharded weights, on the main process, a copy with all of them.
 
     Every process must call it.
     """
@@ -119,7 +120,7 @@ def publish_model(
     token: str | None,
     **card: Any,
 ) -> None:
-    """hub.export; and where `push` names a repository, an upload without checkpoints and logs."""
+    """Export the model and, where `push` names a repository, upload it without checkpoints and logs."""
     from huggingface_hub import HfApi
 
     hub.export(model, folder, processor=processor, results=results, **card)
