@@ -104,6 +104,7 @@ def test_noise_hides_what_a_model_knows():
     assert claims.noisy_accuracy(model, rows, 1.0) < clean - 0.02
 
 
+@pytest.mark.slow
 def test_learning_curve(monkeypatch):
     monkeypatch.setitem(claims.CLASSIFIER, "hidden_size", 16)
     monkeypatch.setattr(claims, "STEPS_OF_A_CURVE", 10)

@@ -119,7 +119,7 @@ def finish(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
 
 @contextmanager
 def saving(checkpoint: str | Path) -> Iterator[None]:
-    """Write a manifest at the end of a block that fills the folder `checkpoint`; for a loop of your own, on every process.
+    """Write a manifest at the end of a block that fills the folder `checkpoint`, on each process of a loop of yours.
 
     `with saving(folder): accelerator.save_state(folder)`. On a full disk the folder is removed, and OSError says so.
     """
