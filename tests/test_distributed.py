@@ -96,7 +96,7 @@ def compare(engine: str, names: list[str], alone, folder: Path) -> None:
         assert max(apart.values()) < 1e-4, (engine, name, {key: value for key, value in apart.items() if value > 1e-4})
 
 
-QUICK = {"ddp": ["depth"], "fsdp": ["depth"]}
+QUICK = {engine: ["depth"] for engine in ("ddp", "fsdp")}
 
 
 @pytest.mark.parametrize("engine", QUICK)
