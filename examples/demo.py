@@ -32,9 +32,9 @@ SMOKE = {"output_dir": "runs/smoke/demo", "threads": 1}
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "For everything that is written."})
-    train_steps: int = field(default=600, metadata={"help": "Training steps of each language model."})
-    lora_steps: int = field(default=200, metadata={"help": "Training steps of the adapter."})
-    epochs: float = field(default=3, metadata={"help": "Epochs of the classifier."})
+    train_steps: int = field(default=450, metadata={"help": "Training steps of each language model."})
+    lora_steps: int = field(default=100, metadata={"help": "Training steps of the adapter."})
+    epochs: float = field(default=1, metadata={"help": "Epochs of the classifier."})
     threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch; it decides by default."})
     seed: int = field(default=0, metadata={"help": "Of everything random."})
     smoke: bool = field(default=False, metadata={"help": "A run of seconds, to see that everything works."})
@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         "tokenizer": folders["tokenizer"],
         "max_steps": unless_smoke(args.train_steps),
         "eval_steps": unless_smoke(max(1, args.train_steps // 6)),
-        "max_eval_samples": unless_smoke(512),
+        "max_eval_samples": unless_smoke(256),
         "save_strategy": "no",
         "learning_rate": 2e-3,
         "muon_learning_rate": 0,  # AdamW alone: Muon's bfloat16 products are slow on CPUs without such instructions
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     histories = {"feedback": history(folders["feedback"]), "feed-forward": history(folders["control"])}
     visualize.loss_curves(histories, output / "loss_curves.png")
 
-    chapter("3. What feedback brings", "On 512 blocks of plays that neither has seen:")
+    chapter("3. What feedback brings", "On 256 blocks of plays that neither has seen:")
     model = AutoModelForCausalLM.from_pretrained(folders["feedback"])
     parameters = {
         "feedback": model.num_parameters(),
@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         loss, perplexity, seconds = (result[key] for key in ("eval_loss", "perplexity", "train_runtime"))
         rows.append((name, f"{parameters[name]:,}", f"{loss:.4f}", f"{perplexity:.3f}", f"{seconds:.0f} s"))
     table(rows)
-    unseen = data.blocks(plays["validation"], tokenizer, 128)[: 16 if args.smoke else 512]["input_ids"]
+    unseen = data.blocks(plays["validation"], tokenizer, 128)[: 16 if args.smoke else 256]["input_ids"]
     losses = loss_by_steps(model, torch.tensor(unseen))
     print("\nThe same weights, with more or less thinking:")
     table([("feedback steps", *losses), ("validation loss", *(f"{loss:.4f}" for loss in losses.values()))])
