@@ -8,6 +8,7 @@ from . import quiet  # noqa: F401 - before transformers, which imports torchao
 from .models.configuration_feedback import MODELING, PRESETS, FeedbackConfig
 from .models.feedback_cache import FeedbackCache
 from .models.feedback_registry import register
+from .models.feedback_states import FeedbackState
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
 from .models.modeling_feedback_image import FeedbackForImageClassification
 from .models.modeling_feedback_seq2seq import FeedbackForConditionalGeneration
@@ -19,6 +20,7 @@ from .models.modeling_feedback_text import (
     FeedbackForSequenceClassification,
     FeedbackForTokenClassification,
 )
+from .published import register as register_published
 from .retrofit import retrofit, unretrofit
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "FeedbackForTokenClassification",
     "FeedbackModel",
     "FeedbackPreTrainedModel",
+    "FeedbackState",
     "register",
     "retrofit",
     "unretrofit",
@@ -48,6 +51,7 @@ def _register() -> None:
     for auto, reference in MODELING.items():
         model = globals()[reference.split(".")[1]]
         getattr(transformers, auto).register(FeedbackConfig, model, exist_ok=True)
+    register_published()
     if find_spec("peft") is not None:
         from .adapters import register
 

@@ -113,7 +113,7 @@ NONSENSE_OF = {
         {1: 2},
     ],
     "retrofitted_from": ["LlamaForCausalLM", "BertModel", "nope"],
-    "format_version": [2, 0],
+    "format_version": [3, 0],
     "initializer_range": [0.0],
 }
 NAMES = sorted({field.name for field in fields(FeedbackConfig)} & set(SENSIBLE) | set(NONSENSE_OF))

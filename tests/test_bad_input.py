@@ -23,7 +23,7 @@ from feedback_transformers.models import modeling_feedback
 from feedback_transformers.models.feedback_names import CHOICES
 
 CONFIGS = [
-    ({"format_version": 2}, "upgrade feedback_transformers"),
+    ({"format_version": 3}, "upgrade feedback_transformers"),
     ({"backbone_config": {"model_type": "bert"}}, "Unknown backbone 'bert'; choose one of llama"),
     ({"hidden_act": "nope"}, "Unknown hidden_act 'nope'; choose rrelu or one of"),
     ({"num_feedback_steps": 0}, "num_feedback_steps is 0; it must be at least 1"),

@@ -48,6 +48,30 @@ VARIANTS = {
     "supervision-all": {"supervision": "all", "feedback_signal": "output"},
     "truncated": {"gradient_steps": 2, "feedback_type": "gru", "feedback_axis": "time"},
 }
+PARTS = {"connection_norm": False, "initial_state": "input"}
+LEVELS = {"feedback_recursion": "hierarchical", "feedback_connection": "sum", "initial_state": "learned"}
+VARIANTS |= {
+    "replace": {"feedback_connection": "replace", "initial_state": "input"},
+    "sum-output": {"feedback_connection": "sum", "feedback_signal": "output"},
+    "random": {**PARTS, "initial_state": "random"},
+    "pass-norm-gru": {"feedback_type": "gru", "output_norm": "pass", **PARTS},
+    "pass-norm-time": {"feedback_axis": "time", "output_norm": "pass"},
+    "around": {"output_norm": "around_decoder", "norm_placement": "residual_sandwich", "embedding_scale": 3.0},
+    "pre": {"norm_placement": "pre", "norm_weights": False, "feedback_axis": "time", "solver": "jacobi"},
+    "post-none": {"norm_placement": "post", "output_norm": "none", "backbone_config": {"model_type": "qwen3"}},
+    "levels": {**LEVELS, "num_feedback_layers": 2},
+    "levels-replace-mlp": {
+        **LEVELS,
+        "feedback_connection": "replace",
+        "initial_state": "input",
+        "feedback_type": "mlp",
+        "share_levels": True,
+    },
+    "refinement-gate": {**LEVELS, "feedback_recursion": "refinement", "feedback_connection": "gate"},
+    "select": {"halting": "select", "halting_threshold": 0.6, "num_feedback_steps": 5},
+    "select-output": {"halting": "select", "halting_threshold": 0.6, "feedback_signal": "output"},
+    "levels-converged": {**LEVELS, "halting": "converged", "halting_threshold": 0.5, "num_feedback_steps": 5},
+}
 TIME = {"feedback_axis": "time"}
 BLOCKS = {**TIME, "solver": "gauss_seidel", "solver_block_size": 4, "solver_steps": 3}
 HALTING = {
@@ -104,7 +128,11 @@ for family in BACKBONE_TYPES:
             "backbone_config": {"model_type": family},
             "num_key_value_heads": 2,
         }
-VARIANTS["preset-tiny-recursive"]["is_causal"] = True
+for variant in VARIANTS.values():
+    if variant.get("is_causal") is False:
+        variant["is_causal"] = True
+    if variant.get("supervision_interval", 1) > 1:
+        variant |= {"supervision_interval": 2, "num_feedback_steps": 4, "num_low_steps": 2}
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 
 

@@ -79,6 +79,12 @@ def make_backbone(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
     return backbone
 
 
+def eps_of(backbone: PreTrainedConfig) -> float:
+    """Return the epsilon of a family's norms, which each calls differently."""
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+    return next(value for name in names if (value := getattr(backbone, name, None)) is not None)
+
+
 def import_plugins() -> None:
     """Import the registered parts that came with this checkpoint; they import this module, so not while it loads."""
     from .feedback_plugins import PLUGINS  # noqa: F401
@@ -113,10 +119,23 @@ class FeedbackConfig(PreTrainedConfig):
         backbone_config: family of the transformer layers, as a name (`"llama"`, `"qwen3"`, ...), a dictionary or a
             config of transformers. Set fields of the layers here, such as `{"model_type": "llama", "rms_norm_eps":
             1e-5}`; sizes that it names win over the fields above.
+        norm_placement: norms of the transformer layers: `"family"`, the family's own layer; or borrowed attention and
+            MLP f with norms n before or after: `"pre"`, x + n f; `"sandwich"`, x + n(f(n(x))), as in Ouro;
+            `"residual_sandwich"`, n(x + f(n(x))), as in Huginn; `"post"`, n(x + f(x)), as in TRM and HRM.
+        norm_weights: whether norms have weights: those around the layers, and those that `norm_placement` places.
+        norm_eps: epsilon of all norms that are not the family's; `None` takes the family's.
+        token_mixer: what mixes positions in such layers: `"attention"`, or `"mlp"`, an MLP over
+            `max_position_embeddings` positions (TRM's mlp_t).
+        mixer_size: width of that MLP; `None` makes it `intermediate_size`.
         is_causal: whether a position sees only itself and earlier ones. Use `False` for masked language models and
             for classifiers that read both sides.
         embedding_type: input of the model: `"tokens"` (input_ids), `"patches"` (pixel_values) or `"values"`
             (past_values).
+        embedding_scale: factor of the embeddings.
+        num_prefix_tokens: positions before the text that hold learned vectors: registers, or a puzzle's embedding.
+        num_prefixes: number of prefixes to choose from by `prefix_ids`.
+        prefix_size: learned numbers of a prefix, filled up with zeros; `None` makes it all, `num_prefix_tokens` times
+            `hidden_size`.
         image_size: height and width of images in pixels, for `"patches"`.
         patch_size: height and width of a patch in pixels; it divides `image_size`.
         num_channels: channels of an image or of a time series.
@@ -142,8 +161,19 @@ class FeedbackConfig(PreTrainedConfig):
             embedded again; or `"none"`, for a feed-forward control whose connection reads the input in place of the
             past. The control has the same size, but for weights that only feedback has.
         feedback_connection: how feedback enters: `"gate"`, a gated sum (the usual choice); `"add"`, a plain sum;
-            `"concat"`, a projection of both; or `"memory"`, one memory that all layers attend to, for transformers
-            along time.
+            `"concat"`, a projection of both; `"replace"`, the signal alone; `"sum"`, both without weights; or
+            `"memory"`, one memory that all layers attend to, for transformers along time.
+        feedback_recursion: what a step makes of the state: `"single"`, one latent; `"hierarchical"`, a slow and a fast
+            latent (HRM, TRM); `"refinement"`, one latent, with the input and then once without (TRM with a single z).
+        num_low_steps: steps of the fast latent within a step of the slow one (L_cycles).
+        share_levels: whether the slow and the fast latent have one stack of layers, as in TRM.
+        initial_state: state before the first pass in depth: `"zeros"`, `"input"` (the encoded input), `"learned"` (a
+            vector) or `"random"` (Huginn). `feedback_state` of a call replaces it.
+        initial_state_scale: standard deviation of the random state.
+        initial_state_seed: seed of the random state in evaluation.
+        connection_norm: whether the fed-back signal is normed before it enters.
+        output_norm: where the norm of the state stands: `"decoder"`, behind the decoder; `"around_decoder"`, before
+            and behind it, the same one; `"pass"`, at the end of each pass, and so fed back; or `"none"`.
         feedback_noise: standard deviation of Gaussian noise on the fed-back signal in training; 0 for none.
         solver: how the time axis is computed: `"sequential"`, position by position, exact; `"jacobi"`, `solver_steps`
             parallel passes over all positions, faster and approximate; `"gauss_seidel"`, such passes over blocks of
@@ -156,15 +186,21 @@ class FeedbackConfig(PreTrainedConfig):
         gradient_steps: number of last steps that gradients go back through; `None` goes through all. A small number
             saves memory.
         supervision: passes whose loss is trained: `"last"`, or `"all"`, which teaches the model to answer early.
+        supervision_interval: passes from one answer to the next; the passes between have no loss and no exit. HRM and
+            TRM call it H_cycles.
         halting: when a position stops before the last pass: `"fixed"`, never; `"converged"`, in evaluation, once a
             pass changes it by less than `halting_threshold`; `"learned"`, with a learned probability (PonderNet,
             Banino et al. 2021, arXiv:2107.05407), in evaluation at its median; `"act"`, once its learned halting
-            values sum up to the threshold, and it reads the mean of its states (Graves 2016, arXiv:1603.08983).
+            values sum up to the threshold, and it reads the mean of its states (Graves 2016, arXiv:1603.08983);
+            `"select"`, never, but each reads the state of the pass at which `"learned"` would stop it (Ouro).
+        halting_scope: what stops: each `"position"`; or, for `"select"`, the whole `"sequence"`, as its first position
+            says (TRM, HRM).
         halting_measure: change that `"converged"` compares: of the `"state"`, relative to its length, or of the
             `"prediction"`, as the Kullback-Leibler divergence between two passes in nats.
         halting_threshold: change, or probability, at which a position stops; `None` takes 0.05 for `"converged"`, 0.5
             for `"learned"` and 0.99 for `"act"`.
-        halting_prior: prior probability to stop at each pass, for `"learned"`; 0.2 expects about 5 passes.
+        halting_prior: prior probability to stop at each pass, for `"learned"` and `"select"`; 0.2 expects about 5
+            passes, and `None` takes all passes for equally likely, which rewards the entropy of the exits (Ouro).
         halting_weight: weight in the loss of the divergence from the prior (`"learned"`) or of a pass (`"act"`).
         tie_word_embeddings: whether the readout shares the weights of the token embeddings.
         share_encoder_decoder: whether the encoder's layers are the decoder's too.
@@ -177,6 +213,8 @@ class FeedbackConfig(PreTrainedConfig):
         dropout: dropout probability in all parts.
         initializer_range: standard deviation of initial weights.
         use_cache: whether calls in evaluation return a cache, so that generation reads each token once.
+        prefix_lm: whether tokens with `token_type_ids` 1, such as a prompt, see each other on both sides, in a causal
+            model.
         is_encoder_decoder: whether the encoder reads another text, as in translation; for
             FeedbackForConditionalGeneration.
         pad_token_id: token that pads batches.
@@ -201,6 +239,8 @@ class FeedbackConfig(PreTrainedConfig):
         "hidden_states",
         "feedback_states",
         "num_feedback_steps",
+        "feedback_state",
+        "halting_logits",
         "pooling_mask",
         "decoder_hidden_states",
         "encoder_last_hidden_state",
@@ -216,9 +256,18 @@ class FeedbackConfig(PreTrainedConfig):
     max_position_embeddings: int = 2048
     hidden_act: str = "silu"
     backbone_config: Any = None  # dict or PreTrainedConfig; always a PreTrainedConfig once built
+    norm_placement: str = "family"
+    norm_weights: bool = True
+    norm_eps: float | None = None
+    token_mixer: str = "attention"
+    mixer_size: int | None = None
     is_causal: bool = True
 
     embedding_type: str = "tokens"
+    embedding_scale: float | int = 1.0
+    num_prefix_tokens: int = 0
+    num_prefixes: int = 1
+    prefix_size: int | None = None
     image_size: int = 28
     patch_size: int = 4
     num_channels: int = 1
@@ -238,6 +287,14 @@ class FeedbackConfig(PreTrainedConfig):
     trained_feedback_steps: list[int] | None = None
     feedback_signal: str = "state"
     feedback_connection: str = "gate"
+    feedback_recursion: str = "single"
+    num_low_steps: int = 3
+    share_levels: bool = False
+    initial_state: str = "zeros"
+    initial_state_scale: float | int = 1.0
+    initial_state_seed: int = 0
+    connection_norm: bool = True
+    output_norm: str = "decoder"
     feedback_noise: float | int = 0.0
     solver: str = "sequential"
     solver_steps: int = 4
@@ -245,10 +302,12 @@ class FeedbackConfig(PreTrainedConfig):
     solver_tolerance: float | int | None = None
     gradient_steps: int | None = None
     supervision: str = "last"
+    supervision_interval: int = 1
     halting: str = "fixed"
+    halting_scope: str = "position"
     halting_measure: str = "state"
     halting_threshold: float | int | None = None
-    halting_prior: float = 0.2
+    halting_prior: float | None = 0.2
     halting_weight: float | int = 0.01
 
     # Fields of PreTrainedConfig, which doesn't check their types.
@@ -265,13 +324,14 @@ class FeedbackConfig(PreTrainedConfig):
     dropout: float | int = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
+    prefix_lm: bool = False
     is_encoder_decoder: bool = False
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None
     plugins: list[str] | None = None
-    format_version: int = 1
+    format_version: int = 2
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "FeedbackConfig":
@@ -294,6 +354,8 @@ class FeedbackConfig(PreTrainedConfig):
         whole = self.retrofitted_from is not None
         self.backbone_config = (self._whole_backbone if whole else self._backbone)(self.backbone_config)
         self._refuse_misplaced(kwargs)
+        if self.norm_eps is None:
+            self.norm_eps = eps_of(self.backbone_config)
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -314,6 +376,8 @@ class FeedbackConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Make a config as in transformers; `backbone_config` may change fields of the layers, not their family."""
+        if config_dict.get("model_type") == cls.model_type and config_dict.get("format_version") == 1:
+            config_dict = {**config_dict, "format_version": 2, "norm_eps": 1e-6}  # of all norms then
         given, saved = kwargs.get("backbone_config"), config_dict.get("backbone_config")
         if given is not None and isinstance(saved, dict):
             family = saved.get("model_type", "llama")

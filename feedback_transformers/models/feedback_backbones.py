@@ -56,6 +56,7 @@ BACKBONES: dict[str, Family] = {
     "qwen3": Family("Qwen3"),
     "mistral": Family("Mistral"),
     "olmo2": Family("Olmo2"),
+    "hrm_text": Family("HrmText"),
     "gemma2": Family("Gemma2"),
     "gemma3_text": Family("Gemma3"),
     "phi3": Family("Phi3"),

@@ -8,18 +8,31 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-Slot = tuple[str | int, ...]
 
+class Slot(NamedTuple):
+    """Place in a cache: whose, in which pass, and what within that part."""
 
-def key(slot: Slot) -> str:
-    """Name a slot, as `cell/2/0/`: what exporters save of a cache is JSON, whose keys are strings."""
-    return "".join(f"{name}/" for name in slot)
+    part: str = ""  # encoder, cell, decoder or signal
+    step: int | str = ""  # number of a pass; "last" where only the last one is kept, "shared" where all share one
+    within: tuple[int | str, ...] = ()  # level, layer
+
+    def inner(self, *names: int | str) -> Slot:
+        """Return the slot of something within this part."""
+        return self._replace(within=(*self.within, *names))
+
+    def before(self) -> Slot:
+        """Return the same slot of the pass before."""
+        return self._replace(step=int(self.step) - 1)
+
+    def key(self) -> str:
+        """Name the slot, as `cell/2/0/`: what exporters save of a cache is JSON, whose keys are strings."""
+        return "".join(f"{name}/" for name in (self.part, self.step, *self.within) if name != "")
 
 
 def wide(x: Tensor) -> Tensor:
@@ -68,11 +81,11 @@ class FeedbackCache(Cache):
 
     def index(self, slot: Slot) -> int:
         """Return the number of a slot's layer; a new slot gets the next number."""
-        return self.slots.setdefault(key(slot), len(self.slots))
+        return self.slots.setdefault(slot.key(), len(self.slots))
 
     def keys_values(self, slot: Slot) -> tuple[Tensor, Tensor] | None:
         """Return the keys and values [B, heads, P, head_dim] of a slot, or None where nothing was written."""
-        index = self.slots.get(key(slot))
+        index = self.slots.get(slot.key())
         if index is None or index >= len(self.layers) or not self.layers[index].is_initialized:
             return None
         layer: Any = self.layers[index]
@@ -85,8 +98,8 @@ class FeedbackCache(Cache):
             layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
 
     def repeat_pass(self, before: Slot, slot: Slot, offset: int) -> None:
-        """Copy what the step `before` wrote from column `offset` on to the step `slot`, as if it had been repeated."""
-        old, new = key(before), key(slot)
+        """Copy what the pass `before` wrote from column `offset` on to the pass `slot`, as if it had been repeated."""
+        old, new = before.key(), slot.key()
         for known, index in list(self.slots.items()):
             layer: Any = self.layers[index]
             if known.startswith(old) and layer.is_initialized:
@@ -167,7 +180,7 @@ class FeedbackCache(Cache):
 
 @dataclass
 class KeyValueSlots:
-    """View of the cache for a borrowed layer, whose `update` goes to the slot (*slot, layer).
+    """View of the cache for a borrowed layer, whose `update` goes to its own slot within `slot`.
 
     Where `running` [B, T] is False, a position stopped at an earlier step, and others go on to see its keys and values
     of then. With `overwrites`, all steps share one slot, and each replaces what the step before wrote from column
@@ -195,22 +208,21 @@ class KeyValueSlots:
         if self.shared is not None:
             return torch.cat([self.shared[0], keys], dim=-2), torch.cat([self.shared[1], values], dim=-2)
         if self.running is not None:
-            *part, step = self.slot
-            before = self.shared_slot if self.overwrites else (*part, int(step) - 1)
-            old_keys, old_values = self.cache.keys_values((*before, layer_idx)) or (keys, values)
+            before = self.shared_slot if self.overwrites else self.slot.before()
+            old_keys, old_values = self.cache.keys_values(before.inner(layer_idx)) or (keys, values)
             running, length = self.running[:, None, :, None], keys.shape[2]
             keys = torch.where(running, keys, old_keys[:, :, -length:])
             values = torch.where(running, values, old_values[:, :, -length:])
         if self.overwrites:
-            slot = (*self.shared_slot, layer_idx)
+            slot = self.shared_slot.inner(layer_idx)
             self.cache.crop_slot(slot, self.offset)
             return self.cache.update(keys, values, self.cache.index(slot))
-        return self.cache.update(keys, values, self.cache.index((*self.slot, layer_idx)))
+        return self.cache.update(keys, values, self.cache.index(self.slot.inner(layer_idx)))
 
     @property
     def shared_slot(self) -> Slot:
-        """Slot that all steps of a part share."""
-        return (*self.slot[:-1], "shared")
+        """Slot that all passes of a part share."""
+        return self.slot._replace(step="shared")
 
 
 @dataclass
@@ -241,16 +253,21 @@ class Context:
     mask: Tensor | None = None  # [B, T], True where real; None where all are
     key_mask: Tensor | None = None  # [B, P + T], True where real; None where all are
     cache: FeedbackCache | None = None
-    slot: Slot = ()
+    slot: Slot = Slot()
     running: Tensor | None = None  # [B, T], False where a position stopped at an earlier step
+    blocks: Tensor | None = None  # [B, T], 0 for positions that see each other on both sides, -1 for others
     source: Tensor | None = None  # [B, S, D] the encoded source of a sequence-to-sequence model
     source_mask: Tensor | None = None  # [B, S]
     cross_attention: EncoderDecoderCache | None = None  # keys and values of the source, computed once a text
     iterations: list[int] = field(default_factory=list)  # of Newton's method in this call, one number a layer
 
-    def for_part(self, *slot: str | int) -> Context:
-        """Return the context of the same positions for a part or a step."""
-        return replace(self, slot=(*self.slot, *slot))
+    def for_part(self, part: str, step: int | str = "") -> Context:
+        """Return the context of the same positions for a part, in a pass."""
+        return replace(self, slot=Slot(part, step))
+
+    def within(self, *names: int | str) -> Context:
+        """Return the context of the same positions for a level or a layer of this part."""
+        return replace(self, slot=self.slot.inner(*names))
 
     def span(self, start: int, stop: int) -> Context:
         """Return the context of the positions from `start` to `stop` of this call."""
@@ -264,12 +281,12 @@ class Context:
 
     def state(self) -> tuple[Tensor, ...] | None:
         """Return what the part at this slot kept from an earlier call, or None."""
-        return None if self.cache is None else self.cache.states.get(key(self.slot))
+        return None if self.cache is None else self.cache.states.get(self.slot.key())
 
     def keep(self, state: tuple[Tensor, ...]) -> None:
         """Keep a state for the next call at this slot."""
         if self.cache is not None:
-            self.cache.states[key(self.slot)] = tuple(state)
+            self.cache.states[self.slot.key()] = tuple(state)
 
     def rewinder(self) -> Callable[[], None]:
         """Return a function that undoes what is written to the caches from now on."""

@@ -44,7 +44,7 @@ class RecurrentCell(RecurrentStack):
         new: list[Any] = []
         for i, layer in enumerate(self.layers):
             cell: Any = layer[0]
-            before = cell.initial_state(x) if state is None else state[i]
+            before = cell.initial_state(x) if state is None else cell.state_type(*state[i])
             new.append(cell.step(cell.input_proj(x), before))
             x = new[-1].h.to(x.dtype)
         return x, tuple(new)
@@ -106,11 +106,11 @@ class MemoryTransformerCell(TransformerCell):
         cache = context.cache
         if cache is None:
             raise ValueError("The shared memory lives in a cache; run the cell through FeedbackLoop.")
-        *part, number = context.slot
-        past = cache.keys_values((*part, int(number) - int(self.config.in_passes), "memory"))
-        states = self.states(x, context, KeyValueSlots(cache, context.slot, shared=past or self.no_memory(x)))
+        slot = context.slot
+        past = cache.keys_values((slot.before() if self.config.in_passes else slot).inner("memory"))
+        states = self.states(x, context, KeyValueSlots(cache, slot, shared=past or self.no_memory(x)))
         memory = torch.einsum("l,lbtd->btd", self.layer_weights.softmax(0).to(x.dtype), torch.stack(states))
-        cache.update(*self.keys_values(memory, context), cache.index((*context.slot, "memory")))
+        cache.update(*self.keys_values(memory, context), cache.index(slot.inner("memory")))
         return states[-1]
 
     def attention_mask(self, x: Tensor, context: Context, kind: str) -> Any:
@@ -127,13 +127,14 @@ class MemoryTransformerCell(TransformerCell):
             places = real.cumsum(dim=1)
             known = known & (places[:, context.offset :, None] - places[:, None] < self.backbone.sliding_window)
         itself = torch.eye(length, dtype=torch.bool, device=x.device).expand(batch, -1, -1)
-        seen = itself if context.slot[-1] == 0 else torch.cat([known, itself], dim=-1)
+        seen = itself if context.slot.step == 0 else torch.cat([known, itself], dim=-1)
         return x.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(x.dtype).min)[:, None]
 
     def no_memory(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values of no position."""
         attention: Any = self.layers[0].self_attn
-        return (x.new_zeros(x.shape[0], self.backbone.num_key_value_heads, 0, attention.head_dim),) * 2
+        groups = getattr(self.backbone, "num_key_value_heads", self.backbone.num_attention_heads)
+        return (x.new_zeros(x.shape[0], groups, 0, attention.head_dim),) * 2
 
     def keys_values(self, memory: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """Compute keys and values [B, heads, T, head_dim] of a memory [B, T, D]."""

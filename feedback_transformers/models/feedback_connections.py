@@ -19,13 +19,18 @@ def is_zero(weight: Tensor) -> bool:
     return not weight.is_meta and weight.is_floating_point() and weight.numel() > 0 and not weight.any()
 
 
+def signal_norm(config: FeedbackConfig) -> nn.Module:
+    """Return the norm of φ, or nothing with connection_norm=False."""
+    return nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if config.connection_norm else nn.Identity()
+
+
 class GateConnection(nn.Module):
     """e + a · σ(W_g [e; norm(φ)] + b) ∘ W_s norm(φ), in the spirit of Zhang 2026, Recurrent Looped Transformer."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
         size = config.hidden_size
-        self.norm = nn.RMSNorm(size, eps=1e-6)
+        self.norm = signal_norm(config)
         self.gate_proj = nn.Linear(2 * size, size)
         self.signal_proj = nn.Linear(size, size, bias=False)
         self.scale = nn.Parameter(torch.empty(1))
@@ -52,7 +57,7 @@ class AddConnection(nn.Module):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = signal_norm(config)
         self.signal_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
@@ -67,11 +72,11 @@ class AddConnection(nn.Module):
 
 
 class ConcatConnection(nn.Module):
-    """W [e; norm(φ)], in the spirit of the adapter of Huginn (Geiping et al. 2025), which has no norm."""
+    """W [e; norm(φ)], the adapter of Huginn (Geiping et al. 2025, arXiv:2502.05171) with connection_norm=False."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = signal_norm(config)
         self.signal_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, e: Tensor, signal: Tensor) -> Tensor:
@@ -83,6 +88,27 @@ class ConcatConnection(nn.Module):
     def close(self) -> None:
         """Make the connection return e."""
         nn.init.eye_(self.signal_proj.weight)  # [D, 2D]: the identity for e, zero for φ
+
+
+class ReplaceConnection(nn.Module):
+    """norm(φ) alone: e enters as the initial state, as in Universal Transformers and Ouro (arXiv:2510.25741)."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.norm = signal_norm(config)
+
+    def forward(self, e: Tensor, signal: Tensor) -> Tensor:
+        return self.norm(signal)
+
+    def is_closed(self) -> bool:
+        return False
+
+
+class SumConnection(ReplaceConnection):
+    """e + norm(φ), without weights of its own, as in TRM and HRM with connection_norm=False."""
+
+    def forward(self, e: Tensor, signal: Tensor) -> Tensor:
+        return e + self.norm(signal)
 
 
 class MemoryConnection(nn.Module):
@@ -102,5 +128,7 @@ CONNECTIONS: dict[str, type[nn.Module]] = {
     "gate": GateConnection,
     "add": AddConnection,
     "concat": ConcatConnection,
+    "replace": ReplaceConnection,
+    "sum": SumConnection,
     "memory": MemoryConnection,
 }

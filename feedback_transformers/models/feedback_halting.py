@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import log
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class Progress:
     mean: Tensor | None = None  # [B, T, D] state that is read in place of the last one
     left_over: Tensor | float = 0.0  # [B, T] weight that was left for a position's last pass
     log_p: Tensor | None = None  # [B, T, V] the last prediction
+    passes: int = 0  # made by now
+    logits: list[Tensor] = field(default_factory=list)  # [B, 2] of each answer, to stop and to go on
 
     @classmethod
     def start(cls, e: Tensor, mask: Tensor | None) -> Progress:
@@ -58,6 +61,9 @@ class Halting(nn.Module):
 
     default_threshold: float
     reads_prediction = False
+    in_training = False  # whether positions also stop in training
+    freezes = True  # whether a stopped position keeps its state
+    weighs_passes = False  # whether training weighs the losses of all passes
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -81,7 +87,6 @@ class ConvergedHalting(Halting):
     """
 
     default_threshold = 0.05
-    in_training = False  # whether positions also stop in training
 
     @property
     def reads_prediction(self) -> bool:  # type: ignore[override]
@@ -110,12 +115,12 @@ class LearnedHalting(Halting):
     """
 
     default_threshold = 0.5
-    in_training = False
+    weighs_passes = True
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         # Begins at the prior, so that the divergence from it begins at zero.
-        self.halt_proj = HaltProjection(config.hidden_size, first=config.halting_prior)
+        self.halt_proj = HaltProjection(config.hidden_size, first=config.halting_prior or 0.5)
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         left = 1 - progress.spent
@@ -127,10 +132,12 @@ class LearnedHalting(Halting):
             progress.running = progress.running & (progress.spent < self.threshold)
 
     def loss(self, progress: Progress) -> Tensor | None:
-        """Return the divergence from the prior, cut off at K passes, [B, T]."""
+        """Return the divergence from the prior, cut off at K passes, or without one minus the entropy of p, [B, T]."""
         if not self.training:
             return None
         p = torch.stack(progress.probabilities)
+        if self.config.halting_prior is None:
+            return (p * p.clamp(min=1e-12).log()).sum(dim=0)
         passes = torch.arange(len(p), dtype=p.dtype, device=p.device)
         prior = self.config.halting_prior * (1 - self.config.halting_prior) ** passes
         log_prior = (prior / prior.sum()).log()[:, None, None]
@@ -170,8 +177,58 @@ class AdaptiveHalting(Halting):
         return progress.num_steps + progress.left_over if self.training else None
 
 
+class SelectHalting(LearnedHalting):
+    """Make all passes, and read the one at which learned halting would have stopped (Ouro, arXiv:2510.25741).
+
+    The keys and values that later positions see are those of all passes, so that exits change nothing else.
+    """
+
+    default_threshold = 1.0
+    freezes = False
+
+    def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
+        waits = progress.running
+        super().forward(progress, h, before, logits, last)
+        if not self.training:
+            progress.mean = h if progress.mean is None else torch.where(waits[..., None], h, progress.mean)
+
+
+class SequenceHalting(Halting):
+    """Make all passes, and let the first position of a row say after which answer the row is done (HRM, TRM).
+
+    q = W z_1 + b, to stop and to go on. With a threshold, a row is read at its first answer with σ(q_stop) at or above
+    it; without one, at its last. The papers' evaluations make all passes.
+    """
+
+    default_threshold = float("inf")
+    freezes = False
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.halt_proj = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
+        waits, interval = progress.running, self.config.supervision_interval
+        progress.passes += 1
+        progress.mean = h if progress.mean is None else torch.where(waits[..., None], h, progress.mean)
+        if progress.passes % interval and not last:
+            return
+        q = self.halt_proj(h[:, 0])
+        progress.logits.append(q)
+        if not self.training:
+            progress.running = waits & (wide(q[:, :1]).sigmoid() < self.threshold)
+
+
 HALTING: dict[str, type[nn.Module]] = {
     "converged": ConvergedHalting,
     "learned": LearnedHalting,
     "act": AdaptiveHalting,
+    "select": SelectHalting,
 }
+
+
+def halting_rule(config: FeedbackConfig) -> Any:
+    """Return the class of the config's rule; NoneType where all passes are made and the last is read."""
+    if config.halting == "select" and config.halting_scope == "sequence":
+        return SequenceHalting
+    return HALTING.get(config.halting, type(None))

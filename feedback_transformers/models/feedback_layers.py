@@ -5,6 +5,7 @@ Shapes: B batch, T positions, D hidden size, P earlier positions in the cache.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.masking_utils import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import BACKBONES, family_member, layer_kind, rotary_by_kind
@@ -37,11 +39,14 @@ class TransformerStack(nn.Module):
         self.backbone = backbone = config.backbone_config
         self.causal, self.first = causal, 0
         self.family = family = BACKBONES[backbone.model_type]
-        self.layers, self.rotary = nn.ModuleList(), None
+        self.layers, self.rotary, self.mixes = nn.ModuleList(), None, config.token_mixer == "mlp"
         if config.retrofitted_from is not None:
             return
-        layer = family_member(backbone.model_type, family.prefix + family.layer)
-        self.layers.extend(layer(backbone, layer_idx=i) for i in range(num_layers))
+        if config.norm_placement == "family":
+            layer = family_member(backbone.model_type, family.prefix + family.layer)
+            self.layers.extend(layer(backbone, layer_idx=i) for i in range(num_layers))
+        else:
+            self.layers.extend(Block(config, i) for i in range(num_layers))
         if family.rotary is not None:
             self.rotary = family_member(backbone.model_type, f"{family.prefix}RotaryEmbedding")(backbone)
         for module in self.modules():
@@ -66,6 +71,8 @@ class TransformerStack(nn.Module):
 
     def arguments(self, x: Tensor, context: Context, kind: str) -> dict[str, Any]:
         """Return the arguments of the layers of a kind, besides input and cache."""
+        if self.mixes:
+            return {"mask": context.mask}
         arguments = {"attention_mask": self.attention_mask(x, context, kind)}
         if self.rotary is not None:
             by_kind = (kind,) if rotary_by_kind(self.backbone) else ()
@@ -83,7 +90,8 @@ class TransformerStack(nn.Module):
             return None  # one query sees every key
         sizes: Any = MaskSizes(context.offset)
         if not sliding:
-            return create_causal_mask(self.backbone, x, context.key_mask, sizes)
+            blocks: dict[str, Any] = {} if context.blocks is None else {"block_sequence_ids": context.blocks}
+            return create_causal_mask(self.backbone, x, context.key_mask, sizes, **blocks)
         if context.key_mask is None:
             return create_sliding_window_causal_mask(self.backbone, x, None, sizes)
         window = self.window(context.key_mask)
@@ -93,6 +101,73 @@ class TransformerStack(nn.Module):
         """Return the rule for which keys a query sees in a sliding window that counts real positions only."""
         places, size = key_mask.cumsum(dim=1), self.backbone.sliding_window
         return lambda batch, head, query, key: places[batch, query] - places[batch, key] < size
+
+
+def make_norm(config: FeedbackConfig) -> nn.Module:
+    """Return an RMS norm with the family's eps, and with weights or, by norm_weights=False, without."""
+    return nn.RMSNorm(config.hidden_size, eps=config.norm_eps, elementwise_affine=config.norm_weights)
+
+
+class Mixer(nn.Module):
+    """An MLP over the positions in place of attention, n(x + mlp(x)) for each channel (TRM's mlp_t).
+
+    It is made for texts of `max_position_embeddings`; shorter ones are filled up with zeros. The norm n is over the
+    positions, as in the authors' code.
+    """
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.length = config.max_position_embeddings
+        self.norm = family_member("hrm_text", "HrmTextRMSNorm")(config.norm_eps)
+        sizes = copy.copy(config.backbone_config)
+        sizes.hidden_size, sizes.intermediate_size = self.length, config.mixer_size or config.intermediate_size
+        self.mlp = family_member(sizes.model_type, f"{BACKBONES[sizes.model_type].prefix}MLP")(sizes)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Mix x [B, T, D], of which mask [B, T] tells the real positions."""
+        length = x.shape[1]
+        x = x if mask is None else x * mask[..., None]
+        x = x.transpose(1, 2)
+        x = x if length == self.length else F.pad(x, (0, self.length - length))
+        return self.norm(x + self.mlp(x)).transpose(1, 2)[:, :length]
+
+
+class Block(GradientCheckpointingLayer):
+    """A transformer layer of borrowed attention and MLP, with its norms where `norm_placement` says:
+
+    pre: x + f(n(x))    sandwich: x + n'(f(n(x)))    residual_sandwich: n'(x + f(n(x)))    post: n(x + f(x))
+    """
+
+    def __init__(self, config: FeedbackConfig, index: int) -> None:
+        super().__init__()
+        backbone = config.backbone_config
+        prefix = BACKBONES[backbone.model_type].prefix
+        self.placement = config.norm_placement
+        mixes = config.token_mixer == "mlp"
+        self.self_attn = None if mixes else family_member(backbone.model_type, f"{prefix}Attention")(backbone, index)
+        self.mixer = Mixer(config) if mixes else None
+        self.mlp = family_member(backbone.model_type, f"{prefix}MLP")(backbone)
+        before, after = self.placement != "post", self.placement != "pre"
+        self.input_layernorm = make_norm(config) if before else None
+        self.attention_norm = make_norm(config) if after and not mixes else None
+        self.post_attention_layernorm = make_norm(config) if before else None
+        self.mlp_norm = make_norm(config) if after else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, **arguments: Any) -> Tensor:
+        if self.mixer is not None:
+            x = self.mixer(x, mask)
+        else:
+            x = self.add(x, lambda x: self.self_attn(x, **arguments)[0], self.input_layernorm, self.attention_norm)
+        return self.add(x, self.mlp, self.post_attention_layernorm, self.mlp_norm)
+
+    def add(
+        self, x: Tensor, branch: Callable[[Tensor], Tensor], before: nn.Module | None, after: nn.Module | None
+    ) -> Tensor:
+        """Return x plus a branch of it, with norms before and after."""
+        made = branch(x if before is None else before(x))
+        if after is None:
+            return x + made
+        return x + after(made) if self.placement == "sandwich" else after(x + made)
 
 
 class MLPStack(nn.Module):
@@ -113,7 +188,7 @@ class MLPLayer(nn.Module):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.act = ACT2FN[config.hidden_act]
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -135,7 +210,7 @@ class ConvStack(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for i, layer in enumerate(self.layers):
-            x = layer(x, context.for_part(i))
+            x = layer(x, context.within(i))
         return x
 
 
@@ -145,7 +220,7 @@ class ConvLayer(nn.Module):
     def __init__(self, config: FeedbackConfig, causal: bool, grid: int | None) -> None:
         super().__init__()
         self.causal, self.grid, self.kernel_size = causal, grid, config.conv_kernel_size
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         conv = nn.Conv1d if grid is None else nn.Conv2d
         padding: str | int = 0 if causal else "same"
         self.conv = conv(config.hidden_size, config.hidden_size, config.conv_kernel_size, padding=padding)
@@ -184,7 +259,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
         self.backbone = config.backbone_config
-        self.norm = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = family_member("bart", "BartAttention")(
             config.hidden_size, config.num_attention_heads, is_decoder=True, config=self.backbone, layer_idx=0
         )

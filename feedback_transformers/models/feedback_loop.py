@@ -20,13 +20,15 @@ from transformers.utils import logging
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context, FeedbackCache
-from .feedback_cells import State, make_cell
+from .feedback_cells import State
 from .feedback_connections import CONNECTIONS
 from .feedback_gradients import DeferredWeightGradients
-from .feedback_halting import HALTING, Progress
-from .feedback_layers import CrossAttention, dropout
+from .feedback_halting import Progress, halting_rule
+from .feedback_layers import CrossAttention, dropout, make_norm
 from .feedback_names import RECURRENT_TYPES
 from .feedback_padding import fixed_length
+from .feedback_recursions import RECURSIONS
+from .feedback_states import INITIAL_STATES, FeedbackState
 
 logger = logging.get_logger(__name__)
 
@@ -58,6 +60,8 @@ class LoopOutput(NamedTuple):
     num_steps: Tensor | None = None  # [B, T] passes of each position, if it may stop before the last
     probabilities: list[Tensor] | None = None  # of stopping at each pass, [B, T], in training with learned halting
     halting_loss: Tensor | None = None  # [B, T] added loss of each position
+    state: FeedbackState | None = None  # of the last pass
+    halting_logits: tuple[Tensor, ...] | None = None  # [B, 2] of each answer
 
 
 def keep_hooks(module: nn.Module, function: Callable) -> Callable:
@@ -93,25 +97,35 @@ class FeedbackLoop(nn.Module):
         super().__init__()
         self.config = config
         self.connection = CONNECTIONS[config.feedback_connection](config)
-        self.cell = make_cell(config)
+        self.recursion = RECURSIONS[config.feedback_recursion]
+        self.cell = self.recursion.cell(config)
+        self.initial_state = INITIAL_STATES[config.initial_state](config)
+        ends = config.output_norm == "pass" and config.feedback_recursion != "hierarchical"  # which norms both latents
+        self.norm = make_norm(config) if ends else nn.Identity()
         self.cross_attention = CrossAttention(config) if config.is_encoder_decoder else None
-        self.halting = None if config.halting == "fixed" else HALTING[config.halting](config)
+        rule = halting_rule(config)
+        self.halting: Any = None if rule is type(None) else rule(config)
         self.gradient_checkpointing = False
         self.num_steps: int | None = None  # in training, set by training.SampleFeedbackSteps
 
     def forward(
-        self, e: Tensor, context: Context, readout: Readout, num_steps: int | None = None, every_step: bool = False
+        self,
+        e: Tensor,
+        context: Context,
+        readout: Readout,
+        num_steps: int | None = None,
+        every_step: bool = False,
+        start: FeedbackState | None = None,
     ) -> LoopOutput:
         """Run the loop on e [B, T, D].
 
-        `num_steps` replaces the passes of the config; `every_step` asks for the results of every pass. Raises
-        ValueError if config.halting was changed after the model was made.
+        `num_steps` replaces the passes of the config; `every_step` asks for the results of every pass; `start` is the
+        state to begin with. Raises ValueError if config.halting was changed after the model was made.
         """
         passes = self.num_passes(num_steps)
         self.check_trained(passes)
         self.check_opens()
-        kind = HALTING.get(self.config.halting, type(None))
-        if type(self.halting) is not kind:
+        if type(self.halting) is not halting_rule(self.config):
             raise ValueError(
                 f"config.halting is {self.config.halting!r}, for which this model was not made: give it to "
                 "from_pretrained, or to the config before the model is made."
@@ -119,7 +133,7 @@ class FeedbackLoop(nn.Module):
         if passes is None:
             made = self.over_positions(e, context, readout)
         else:
-            made = self.over_passes(e, context, readout, passes, every_step)
+            made = self.over_passes(e, context, readout, passes, every_step, start)
         if self.training:
             made.outputs[-1] = self.keep_in_graph(made.outputs[-1])
         return made
@@ -189,14 +203,47 @@ class FeedbackLoop(nn.Module):
         self, e: Tensor, signal: Tensor | None, state: State, context: Context, number: int
     ) -> tuple[Tensor, State]:
         """Return f(c(e, φ), h') at all given positions, [B, T, D], and the new state."""
-        x = self.connect(e, signal, context)
-        if self.config.feedback_axis == "depth":
-            return self.cell.step(x, state, context.for_part("cell", number))
-        return self.cell(x, context.for_part("cell", number)), None
+        here = context.for_part("cell", number)
+        if self.config.feedback_axis == "time":
+            return self.norm(self.cell(self.connect(e, signal, context), here)), None
+
+        def connect(signal: Tensor | None) -> Tensor:
+            return self.connect(e, signal, context)
+
+        h, state = self.recursion.step(self.cell, self.config, connect, signal, state, here)
+        return self.norm(h), state
+
+    def begin(self, e: Tensor, context: Context, readout: Readout, start: FeedbackState | None) -> Pass | None:
+        """Return what the first pass reads in place of a pass before it; None for zeros."""
+        if start is None:
+            h = self.initial_state(e, context)
+            if h is None or self.config.feedback_signal != "state":
+                return None
+            start = FeedbackState(h)
+        h, y, cell = start
+        begun = Pass(h, cell, y)
+        if self.config.feedback_signal == "output" and y is not None:
+            self.feed(begun, readout.embed(y), context.for_part("signal", -1))
+        elif self.config.feedback_signal != "none":
+            self.feed(begun, h, context.for_part("signal", -1))
+        return begun
+
+    def feed(self, made: Pass, signal: Tensor, context: Context) -> None:
+        """Note the signal that the next pass reads."""
+        made.signal = signal
+        made.shifted = self.previous(signal, context) if self.config.feedback_axis == "time" else signal
 
     # Depth, and time in parallel
 
-    def over_passes(self, e: Tensor, context: Context, readout: Readout, passes: int, every_step: bool) -> LoopOutput:
+    def over_passes(
+        self,
+        e: Tensor,
+        context: Context,
+        readout: Readout,
+        passes: int,
+        every_step: bool,
+        start: FeedbackState | None,
+    ) -> LoopOutput:
         """Run all positions at most `passes` times: exact in depth, along time an iteration of the solver."""
         config, grad, given = self.config, torch.is_grad_enabled(), context
         if grad:  # keys of the source from a pass without gradient would lose theirs
@@ -208,15 +255,16 @@ class FeedbackLoop(nn.Module):
         if context.cache is None and (config.solver == "gauss_seidel" or remembers or (stops and config.is_causal)):
             context = replace(context, cache=FeedbackCache())  # for this call only
         progress = None if self.halting is None else Progress.start(e, context.mask)
-        every_step = every_step or (config.halting == "learned" and self.training)  # it weighs the losses of all
+        every_step = every_step or (self.training and self.halting is not None and self.halting.weighs_passes)
         first = max(0, passes - (config.gradient_steps or passes))
         resume = first if grad and first else passes  # a truncated gradient needs its passes after convergence too
         watched = every_step or progress is not None or config.solver_tolerance is not None
         segment = 1 if watched or not grad else self.segment(passes - first)
+        begun = self.begin(e, context, readout, start)
         made: list[Pass] = []
         number, steps = 0, 0
         while number < passes:
-            before = made[-1] if made else None
+            before = made[-1] if made else begun
             stop = min(number + (segment if number >= first else 1), passes)
             here = replace(context, running=progress.running) if stops and before is not None else context
             with torch.set_grad_enabled(grad and number >= first):
@@ -234,11 +282,13 @@ class FeedbackLoop(nn.Module):
         h = made[-1].h if progress is None or progress.mean is None else progress.mean
         y = readout.decode(h, given.for_part("decoder", "last"))
         states, outputs = [*(p.h for p in made[:-1]), h], [*(p.y for p in made[:-1]), y]
+        last = FeedbackState(made[-1].h, y, made[-1].state)
         if progress is None:
             fixed = config.solver_tolerance is None
-            return LoopOutput(states, outputs, None if fixed else torch.full_like(context.position_ids, steps))
-        loss = self.halting.loss(progress)
-        return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss)
+            made_steps = None if fixed else torch.full_like(context.position_ids, steps)
+            return LoopOutput(states, outputs, made_steps, state=last)
+        loss, answers = self.halting.loss(progress), tuple(progress.logits) or None
+        return LoopOutput(states, outputs, progress.num_steps, progress.probabilities or None, loss, last, answers)
 
     def keep_in_graph(self, y: Tensor) -> Tensor:
         """Return y with a zero gradient for weights that only later steps read: DDP waits for that of each weight."""
@@ -249,7 +299,8 @@ class FeedbackLoop(nn.Module):
     @property
     def stops(self) -> bool:
         """Whether positions may stop before the last pass of this call."""
-        return self.halting is not None and bool(self.halting.in_training or not self.training)
+        halting = self.halting
+        return halting is not None and halting.freezes and bool(halting.in_training or not self.training)
 
     def segment(self, passes: int) -> int:
         """Return how many passes with a gradient are checkpointed as one segment: √K of K passes, 1 of few.
@@ -303,9 +354,7 @@ class FeedbackLoop(nn.Module):
         if config.feedback_signal == "none" or (last and not in_blocks):
             return now  # nothing reads its signal
         signal = readout.embed(y) if by_output and y is not None else h
-        in_time = config.feedback_axis == "time"
-        now.signal = signal
-        now.shifted = self.previous(signal, context.for_part("signal", number)) if in_time else signal
+        self.feed(now, signal, context.for_part("signal", number))
         return now
 
     def converged(self, before: Pass | None, now: Pass, context: Context) -> bool:

@@ -8,10 +8,19 @@ RECURRENT_TYPES = ["gru", "lstm", "diagonal_gru", "min_gru"]  # those of RECURRE
 FEEDBACK_TYPES = ("mlp", *RECURRENT_TYPES, "conv", "transformer")
 DIAGONAL_TYPES = ("diagonal_gru", "min_gru")  # no channel reads another's state
 DECODER_TYPES = ("mlp", "rnn", "transformer")
-BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "gpt2")
+BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "hrm_text", "gpt2")
+SPLIT_NORMS = ("llama", "qwen2", "qwen3", "mistral", "hrm_text")  # families whose attention and MLP stand alone
 BIDIRECTIONAL_TYPES = ("bert", "roberta")
 # A retrofit keeps the whole model, so its layers may differ from each other.
-RETROFIT_TYPES = (*BACKBONE_TYPES, "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox", *BIDIRECTIONAL_TYPES)
+RETROFIT_TYPES = (
+    *(name for name in BACKBONE_TYPES if name != "hrm_text"),
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "gpt_neox",
+    *BIDIRECTIONAL_TYPES,
+)
 CHOICES: dict[str, tuple[str, ...]] = {
     "embedding_type": EMBEDDING_TYPES,
     "encoder_type": ENCODER_TYPES,
@@ -19,10 +28,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decoder_type": DECODER_TYPES,
     "feedback_axis": ("time", "depth"),
     "feedback_signal": ("state", "output", "none"),
-    "feedback_connection": ("gate", "add", "concat", "memory"),
+    "feedback_connection": ("gate", "add", "concat", "replace", "sum", "memory"),
+    "feedback_recursion": ("single", "hierarchical", "refinement"),
+    "initial_state": ("zeros", "input", "learned", "random"),
+    "norm_placement": ("family", "pre", "sandwich", "residual_sandwich", "post"),
+    "output_norm": ("decoder", "around_decoder", "pass", "none"),
     "solver": ("sequential", "jacobi", "gauss_seidel", "newton"),
+    "token_mixer": ("attention", "mlp"),
+    "halting_scope": ("position", "sequence"),
     "supervision": ("last", "all"),
-    "halting": ("fixed", "converged", "learned", "act"),
+    "halting": ("fixed", "converged", "learned", "act", "select"),
     "halting_measure": ("state", "prediction"),
 }
 # The source of registered parts, which goes along with checkpoints: field and name -> file name and text.
@@ -33,7 +48,7 @@ BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
     "gpt2": {"intermediate_size": "n_inner", "hidden_act": "activation_function", "num_key_value_heads": None},
     "gemma2": {"hidden_act": "hidden_activation"},
     "gemma3_text": {"hidden_act": "hidden_activation"},
-    **{name: {"num_key_value_heads": None} for name in ("gpt_neox", *BIDIRECTIONAL_TYPES)},
+    **{name: {"num_key_value_heads": None} for name in ("gpt_neox", "hrm_text", *BIDIRECTIONAL_TYPES)},
 }
 # Fields of a backbone's config that do not describe its layers.
 NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id", "num_hidden_layers", "n_layer", "layer_types")

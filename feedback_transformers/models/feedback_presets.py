@@ -1,14 +1,97 @@
-"""PRESETS: small architectures in the spirit of published ones, as fields of FeedbackConfig.
+"""PRESETS: architectures as fields of FeedbackConfig, with small sizes to override.
 
-None computes the function of its paper or of the authors' code, so published weights can't be loaded into it. All
-share the blocks of this package: Llama layers (RMS norms before attention and MLP, SwiGLU, rotary positions), a norm
-of the fed-back signal, a first pass that reads zeros, and a norm before the readout. Each comment names further
-differences. Sizes are small defaults to override.
+Those of EXACT compute the function of the authors' code, whose weights `feedback_transformers.conversion` loads. The
+others are in the spirit of a paper. They share the blocks of this package: Llama layers (RMS norms before attention
+and MLP, SwiGLU, rotary positions), a norm of the fed-back signal, a first pass that reads zeros, and a norm before the
+readout. Each comment names further differences.
 """
 
 from typing import Any
 
+# The whole model is the loop, and what is fed back replaces the input.
+LOOPED: dict[str, Any] = {
+    "feedback_axis": "depth",
+    "feedback_type": "transformer",
+    "feedback_connection": "replace",
+    "connection_norm": False,
+    "initial_state": "input",
+    "output_norm": "pass",
+    "num_encoder_layers": 0,
+    "num_feedback_layers": 2,
+    "decoder_type": "mlp",
+    "num_decoder_layers": 0,
+}
+# The prelude's output enters each pass beside the state.
+RECURRENT_DEPTH: dict[str, Any] = {
+    "feedback_axis": "depth",
+    "feedback_type": "transformer",
+    "feedback_connection": "concat",
+    "connection_norm": False,
+    "initial_state": "random",
+    "num_feedback_steps": 8,
+    "gradient_steps": 8,
+    "num_encoder_layers": 1,
+    "num_feedback_layers": 2,
+    "num_decoder_layers": 1,
+}
+# Answers at all positions of a puzzle, again and again.
+PUZZLE: dict[str, Any] = {
+    "feedback_axis": "depth",
+    "feedback_type": "transformer",
+    "feedback_connection": "sum",
+    "connection_norm": False,
+    "is_causal": False,
+    "initial_state": "learned",
+    "norm_placement": "post",
+    "norm_weights": False,
+    "output_norm": "none",
+    "feedback_recursion": "hierarchical",
+    "supervision": "all",
+    "halting": "select",
+    "halting_scope": "sequence",
+    "num_encoder_layers": 0,
+    "num_feedback_layers": 2,
+    "decoder_type": "mlp",
+    "num_decoder_layers": 0,
+    "tie_word_embeddings": False,
+}
+TRM: dict[str, Any] = {**PUZZLE, "num_low_steps": 6, "supervision_interval": 3, "num_feedback_steps": 48}
+
+EXACT: dict[str, dict[str, Any]] = {
+    # Nanbeige4.2 (2026).
+    "nanbeige": {**LOOPED, "num_feedback_steps": 2},
+    # Ouro (arXiv:2510.25741), which learns where to exit.
+    "ouro": {**LOOPED, "norm_placement": "sandwich", "halting": "select", "halting_prior": None},
+    # Huginn (Geiping et al. 2025, arXiv:2502.05171).
+    "huginn": {**RECURRENT_DEPTH, "norm_placement": "residual_sandwich", "output_norm": "around_decoder"},
+    # A pretrained model made recurrent by the authors of Huginn (McLeish et al. 2025).
+    "retrofitted-recurrence": RECURRENT_DEPTH,
+    # HRM-Text (Sapient), as in transformers.
+    "hrm-text": {
+        **LOOPED,
+        "backbone_config": "hrm_text",
+        "norm_weights": False,
+        "feedback_recursion": "hierarchical",
+        "num_feedback_steps": 2,
+        "num_low_steps": 3,
+        "prefix_lm": True,
+        "tie_word_embeddings": False,
+    },
+    # The Hierarchical Reasoning Model (Wang et al. 2025, arXiv:2506.21734).
+    "hrm": {
+        **PUZZLE,
+        "num_feedback_layers": 4,
+        "num_low_steps": 2,
+        "supervision_interval": 2,
+        "num_feedback_steps": 32,
+    },
+    # The Tiny Recursive Model (Jolicoeur-Martineau 2025, arXiv:2510.04871), and its form with a single latent.
+    "trm": {**TRM, "share_levels": True},
+    "trm-singlez": {**TRM, "feedback_recursion": "refinement"},
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
+    **EXACT,
     # In the spirit of the Feedback Transformer (Fan et al. 2020, arXiv:2002.09402): all layers attend to one memory of
     # merged past layer states. Its code has layer norms with biases, relative positions as in T5, GEGLU, one key and
     # value projection that reads the raw memory, and no attention at the first token. Here keys and values are made of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,6 +57,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no feedback state can be taken back; set here, as transformers' own False hides a mixin's
     # Weights of checkpoints of 0.1.0 that have other names now. PEFT knows tied embeddings by the name `embed_tokens`.
     renamed: ClassVar[dict[str, str]] = {r"embeddings\.tokens\.": "embeddings.embed_tokens."}
+    # Asked in turn for checkpoints of other kinds: they return a model, or None. The package adds to them.
+    converters: ClassVar[list[Callable[..., Any]]] = []
     sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
     loss_arguments: ClassVar[tuple[str, ...]] = ()  # what `forward(**kwargs)` takes beyond its signature
     unread: ClassVar[dict[str, str]] = {}  # arguments of other models that this one rejects, and what to do instead
@@ -83,6 +85,9 @@ class FeedbackPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "Weights are loaded from safetensors alone, as a pickle could run code: leave use_safetensors out."
             )
+        for convert in FeedbackPreTrainedModel.converters:
+            if (converted := convert(cls, pretrained_model_name_or_path, **kwargs)) is not None:
+                return converted
         if kwargs.get("trust_remote_code"):
             import_parts(pretrained_model_name_or_path, **kwargs)
         folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")

@@ -10,23 +10,32 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
-from .feedback_names import BIDIRECTIONAL_TYPES, CHOICES, DIAGONAL_TYPES, RECURRENT_TYPES, shared_names
+from .feedback_names import (
+    BIDIRECTIONAL_TYPES,
+    CHOICES,
+    DIAGONAL_TYPES,
+    RECURRENT_TYPES,
+    SPLIT_NORMS,
+    shared_names,
+)
 
 logger = logging.get_logger(__name__)
 
+FORMAT = 2  # of checkpoints; FeedbackConfig.from_dict migrates older ones
 LARGEST = 2**31  # sizes and numbers of steps stay far below
 MOST_LAYERS = 10_000  # configs of transformers hold a list with an entry for each layer
 ATTENTIONS = ("full_attention", "sliding_attention")
 LAYERS = ("num_encoder_layers", "num_feedback_layers", "num_decoder_layers")
 AT_LEAST = {
-    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 0),
+    **dict.fromkeys(("num_encoder_layers", "num_decoder_layers", "num_prefix_tokens", "initial_state_seed"), 0),
+    **dict.fromkeys(("num_low_steps", "supervision_interval", "num_prefixes"), 1),
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 1),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_feedback_layers", "conv_kernel_size"), 1),
     **dict.fromkeys(("feedback_interval", "num_feedback_steps", "solver_steps", "solver_block_size"), 1),
     **dict.fromkeys(("patch_size", "image_size", "num_channels", "prediction_length"), 1),
 }
 LARGEST_WEIGHT = 1000  # for factors and deviations; far above it, float32 overflows
-WEIGHTS = ("feedback_noise", "initializer_range", "halting_weight")
+WEIGHTS = ("feedback_noise", "initializer_range", "halting_weight", "initial_state_scale", "embedding_scale")
 
 
 def check(config: Any) -> None:
@@ -39,6 +48,9 @@ def check(config: Any) -> None:
         combinations,
         solvers,
         haltings,
+        recursions,
+        norms,
+        prefixes,
         memories,
         modalities,
         retrofits,
@@ -111,10 +123,10 @@ def sizes(config: Any, model_type: str) -> Iterator[str]:
 
 def numbers(config: Any) -> Iterator[str]:
     yield from whole("format_version", config.format_version)
-    if config.format_version > 1:
+    if config.format_version > FORMAT:
         yield (
-            f"This checkpoint has format_version {config.format_version} and this feedback_transformers reads 1: "
-            "upgrade feedback_transformers."
+            f"This checkpoint has format_version {config.format_version} and this feedback_transformers reads up to "
+            f"{FORMAT}: upgrade feedback_transformers."
         )
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
@@ -148,8 +160,13 @@ def numbers(config: Any) -> Iterator[str]:
         value = getattr(config, name)
         if value is not None and not 0 < value <= LARGEST_WEIGHT:
             yield f"{name} is {value}; it must be above 0 and at most {LARGEST_WEIGHT}, or None."
-    if not 0 < config.halting_prior < 1:
-        yield f"halting_prior is {config.halting_prior}; it must be above 0 and below 1."
+    if config.halting_prior is not None and not 0 < config.halting_prior < 1:
+        yield f"halting_prior is {config.halting_prior}; it must be above 0 and below 1, or None."
+    if not 0 < config.norm_eps <= 1:
+        yield f"norm_eps is {config.norm_eps}; it must be above 0 and at most 1."
+    for name in ("mixer_size", "prefix_size"):
+        if getattr(config, name) is not None:
+            yield from whole(name, getattr(config, name))
     if not 0 <= config.dropout < 1:
         yield f"dropout is {config.dropout}; it must be at least 0 and below 1."
 
@@ -286,11 +303,28 @@ def unread(config: Any) -> Iterator[str]:
         "supervision": (not config.in_passes, f"with one pass in order: {passes}"),
         "halting_threshold": (config.halting == "fixed", fixed),
         "halting_measure": (config.halting == "fixed", "with halting='fixed': it is for 'converged'"),
-        "halting_prior": (config.halting != "learned", f"with halting={config.halting!r}: it is for 'learned'"),
-        "halting_weight": (
-            config.halting not in ("learned", "act"),
-            f"with halting={config.halting!r}: it is for 'learned' and 'act'",
+        "halting_prior": (
+            config.halting not in ("learned", "select"),
+            f"with halting={config.halting!r}: it is for 'learned' and 'select'",
         ),
+        "halting_weight": (
+            config.halting not in ("learned", "act", "select"),
+            f"with halting={config.halting!r}: it is for 'learned', 'act' and 'select'",
+        ),
+        "halting_scope": (config.halting != "select", f"with halting={config.halting!r}: it is for 'select'"),
+        "num_low_steps": (
+            config.feedback_recursion == "single",
+            "with feedback_recursion='single': it is for 'hierarchical' and 'refinement'",
+        ),
+        "share_levels": (
+            config.feedback_recursion != "hierarchical",
+            f"with feedback_recursion={config.feedback_recursion!r}: it is for 'hierarchical'",
+        ),
+        "initial_state_scale": (config.initial_state != "random", "without initial_state='random'"),
+        "initial_state_seed": (config.initial_state != "random", "without initial_state='random'"),
+        "mixer_size": (config.token_mixer != "mlp", "without token_mixer='mlp'"),
+        "prefix_size": (config.num_prefix_tokens == 0, "without num_prefix_tokens"),
+        "num_prefixes": (config.num_prefix_tokens == 0, "without num_prefix_tokens"),
     }
     for name, (unused, why) in idle.items():
         if unused and getattr(config, name) != getattr(type(config), name):
@@ -301,7 +335,7 @@ def haltings(config: Any) -> Iterator[str]:
     halting = config.halting
     if halting == "fixed":
         return
-    learned = halting in ("learned", "act")
+    learned = halting in ("learned", "act", "select")
     if learned and (config.halting_threshold or 0) > 1:
         yield (
             f"halting_threshold is {config.halting_threshold}; halting={halting!r} compares it with a "
@@ -328,9 +362,63 @@ def haltings(config: Any) -> Iterator[str]:
         yield f"halting={halting!r} with a decoder in the loop needs decoder_type='mlp' or 'transformer'."
     if learned and config.halting_measure != "state":
         yield f"halting={halting!r} reads the state; halting_measure='prediction' is for 'converged'."
+    if config.halting_scope == "sequence":
+        return  # its exits are trained by what they answer, and not by the weights of passes
     if learned and (config.gradient_steps is not None or config.supervision != "last"):
-        why = {"learned": "weighs the loss of every pass itself", "act": "reads the mean of all passes"}[halting]
+        why = {"act": "reads the mean of all passes"}.get(halting, "weighs the loss of every pass itself")
         yield f"halting={halting!r} {why}: use gradient_steps=None and supervision='last'."
+
+
+def recursions(config: Any) -> Iterator[str]:
+    kind, state = config.feedback_recursion, config.initial_state
+    if kind != "single":
+        yield from needs(
+            config,
+            f"feedback_recursion={kind!r}",
+            feedback_axis=("depth",),
+            feedback_signal=("state",),
+            feedback_type=("transformer", "mlp"),
+            feedback_connection=("sum", "replace", "add", "gate", "concat"),
+        )
+    if kind == "refinement" and state == "zeros":
+        yield "feedback_recursion='refinement' thinks over a latent that is there: set initial_state='learned'."
+    if state != "zeros":
+        yield from needs(config, f"initial_state={state!r}", feedback_axis=("depth",))
+    if config.supervision_interval > 1:
+        yield from needs(config, "supervision_interval, which counts passes,", feedback_axis=("depth",))
+
+
+def norms(config: Any) -> Iterator[str]:
+    family = config.backbone_config.model_type
+    if config.norm_placement != "family" and family not in SPLIT_NORMS:
+        yield (
+            f"norm_placement={config.norm_placement!r} puts attention and MLP of a family together anew: use a "
+            f"backbone_config of {', '.join(SPLIT_NORMS)} instead of {family}."
+        )
+    if config.token_mixer == "mlp":
+        yield from needs(
+            config, "token_mixer='mlp', which sees all positions,", is_causal=(False,), feedback_axis=("depth",)
+        )
+        yield from needs(config, "token_mixer='mlp', whose norm follows it,", norm_placement=("post",))
+    if config.retrofitted_from is not None:
+        yield from needs(
+            config,
+            "A retrofitted model, which keeps its layers,",
+            norm_placement=("family",),
+            output_norm=("decoder",),
+            feedback_recursion=("single",),
+        )
+
+
+def prefixes(config: Any) -> Iterator[str]:
+    if not config.num_prefix_tokens:
+        return
+    whole_prefix = config.num_prefix_tokens * config.hidden_size
+    if config.prefix_size is not None and config.prefix_size > whole_prefix:
+        yield f"prefix_size is {config.prefix_size}; {config.num_prefix_tokens} positions hold {whole_prefix} at most."
+    yield from needs(
+        config, "num_prefix_tokens", is_causal=(False,), embedding_type=("tokens",), is_encoder_decoder=(False,)
+    )
 
 
 def memories(config: Any) -> Iterator[str]:

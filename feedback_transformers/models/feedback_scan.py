@@ -385,7 +385,7 @@ class RecurrentStack(nn.Module):
         """Run all layers [B, T, D] -> [B, T, D] from the states in the context, and keep the new ones there."""
         for i, layer in enumerate(self.layers):
             directions: Any = layer
-            here, cell = context.for_part(i), directions[0]
+            here, cell = context.within(i), directions[0]
             kept = here.state()
             state = cell.initial_state(x[:, 0]) if kept is None else cell.state_type(*kept)
             h, state = self.run(cell, x, state, context)

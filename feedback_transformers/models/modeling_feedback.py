@@ -23,11 +23,12 @@ from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
-from .feedback_layers import TransformerStack
+from .feedback_layers import TransformerStack, make_norm
 from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
 from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
+from .feedback_states import FeedbackState
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
     from .modeling_feedback_image import FeedbackForImageClassification  # noqa: F401
@@ -51,6 +52,8 @@ class FeedbackModelOutput(ModelOutput):
         num_feedback_steps: [B, T] passes that each position made, where `halting` or `solver_tolerance` may stop it.
         halting_probabilities: K of [B, T], of stopping after each pass, in training with learned halting.
         halting_loss: [B, T] what learned halting adds to the loss of each position, before its weight.
+        feedback_state: the state after the last pass, which `feedback_state=` of another call goes on from.
+        halting_logits: [B, 2] of each answer, to stop there and to go on, with halting_scope="sequence".
     """
 
     last_hidden_state: Any = None
@@ -60,6 +63,8 @@ class FeedbackModelOutput(ModelOutput):
     num_feedback_steps: Tensor | None = None
     halting_probabilities: tuple[Tensor, ...] | None = None
     halting_loss: Tensor | None = None
+    feedback_state: FeedbackState | None = None
+    halting_logits: tuple[Tensor, ...] | None = None
 
 
 def multiply(x: Tensor, matrix: Tensor) -> Tensor:
@@ -90,12 +95,21 @@ class FeedbackModel(FeedbackPreTrainedModel):
         decoder = DECODERS[config.decoder_type]
         shared = config.share_encoder_decoder
         self.decoder = None if shared else decoder(config, config.num_decoder_layers, config.is_causal)
-        self.norm: nn.Module = nn.RMSNorm(config.hidden_size, eps=1e-6)
+        self.norm: nn.Module = make_norm(config) if self.norms_output(config) else nn.Identity()
+        self.prefixes: nn.Module | None = None
+        if config.num_prefix_tokens:
+            whole = config.num_prefix_tokens * config.hidden_size
+            self.prefixes = nn.Embedding(config.num_prefixes, config.prefix_size or whole)
         self.pooler: nn.Module | None = None
         if retrofitted:
             config.backbone_config.vocab_size = config.vocab_size  # the embeddings may have been resized
             self.take_over(base_class(config.backbone_config)(config.backbone_config))
         self.post_init()
+
+    @staticmethod
+    def norms_output(config: FeedbackConfig) -> bool:
+        """Return whether y is normed; a pass that ends with a norm needs no other where no layer follows."""
+        return config.output_norm != "none" and (config.output_norm != "pass" or config.num_decoder_layers > 0)
 
     def take_over(self, base: PreTrainedModel) -> None:
         """Take over all parts of `base`, the base model that `config.backbone_config` describes."""
@@ -134,7 +148,9 @@ class FeedbackModel(FeedbackPreTrainedModel):
         setattr(self.embeddings, self.input_name, value)
 
     def place(self, embedded: Tensor, context: Context, token_type_ids: Tensor | None) -> Tensor:
-        """Add what the embeddings [B, T, D] of tokens don't say, learned positions and types. [B, T, D]"""
+        """Scale the embeddings [B, T, D] of tokens, and add learned positions and types. [B, T, D]"""
+        if self.config.embedding_scale != 1:
+            embedded = embedded * self.config.embedding_scale
         if self.positions is not None:
             embedded = embedded + self.positions(context.position_ids + self.first_position)
         if self.token_types is not None:
@@ -164,6 +180,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
     def decode(self, h: Tensor, context: Context) -> Tensor:
         """Return y = g(h) [B, T, D]."""
         decoder = self.encoder if self.decoder is None else self.decoder
+        if self.config.output_norm == "around_decoder":
+            h = self.norm(h)
         in_loop = self.config.feedback_axis == "time" and self.config.feedback_signal == "output"
         return self.norm(decoder(h, context) if in_loop else self.run_stack(decoder, h, context))
 
@@ -204,6 +222,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if self.config.feedback_signal != "output":
             return predict  # nothing will be fed back
         table = self.token_table(rows)
+        if self.config.embedding_scale != 1:
+            table = table * self.config.embedding_scale
         return lambda y: multiply(predict(y).softmax(-1), table)
 
     @named_arguments
@@ -219,6 +239,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        prefix_ids: Tensor | None = None,
+        feedback_state: FeedbackState | None = None,
         embed_output: Callable[..., Tensor] | None = None,
         predict: Callable[[Tensor], Tensor] | None = None,
         num_feedback_steps: int | None = None,
@@ -235,7 +257,11 @@ class FeedbackModel(FeedbackPreTrainedModel):
             position_ids: [B, T] or [1, T]; counted from the mask where left out.
             encoder_hidden_states: [B, S, D], the encoded source of a sequence-to-sequence model.
             encoder_attention_mask: [B, S].
-            token_type_ids: [B, T], of a retrofitted model that has types of tokens.
+            token_type_ids: [B, T], of a retrofitted model that has types of tokens; with prefix_lm, 1 for the tokens
+                that see each other.
+            prefix_ids: [B], which of the `num_prefixes` a row begins with; 0 where left out.
+            feedback_state: the state to begin with, such as the `feedback_state` that a call returned: k passes and
+                then K - k more are K passes. Without it, `initial_state` of the config.
             num_feedback_steps: passes of this call instead of the config's (depth axis, or solvers that make passes).
             predict: a head's map from y to its logits.
             embed_output: a head's map from y to its prediction, embedded; without it that of tokens.
@@ -252,6 +278,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
         cache = self.make_cache(past_key_values, use_cache)
+        text = embedded.shape[1]
+        if self.prefixes is not None:
+            embedded, attention_mask = self.with_prefix(embedded, attention_mask, prefix_ids)
+            self.check_alone(position_ids=position_ids, token_type_ids=token_type_ids)
+        elif prefix_ids is not None:
+            raise ValueError("This model has no prefixes: leave prefix_ids out, or set num_prefix_tokens.")
         context, order = self.make_context(embedded, attention_mask, position_ids, cache)
         if encoder_hidden_states is not None:
             source = encoder_hidden_states.shape[1]
@@ -260,9 +292,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
             context.cross_attention = EncoderDecoderCache(DynamicCache(), DynamicCache())
             if cache is not None:
                 cache.cross_attention = context.cross_attention = cache.cross_attention or context.cross_attention
-        check_types(token_type_ids, embedded, self.token_types is not None)
-        kinds = None if token_type_ids is None or order is None else token_type_ids.gather(1, order)
-        embedded = self.place(gather(embedded, order), context, token_type_ids if order is None else kinds)
+        prefix_lm = self.config.prefix_lm
+        check_types(token_type_ids, embedded, self.token_types is not None or prefix_lm)
+        kinds = token_type_ids if token_type_ids is None or order is None else token_type_ids.gather(1, order)
+        if prefix_lm and kinds is not None:
+            context.blocks = torch.where(kinds == 1, 0, -1)
+        embedded = self.place(gather(embedded, order), context, kinds)
         e = embedded if self.config.is_encoder_decoder else self.encode(embedded, context)
 
         if output_hidden_states is None:
@@ -271,14 +306,15 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self.check_steps(cache, num_feedback_steps, every_step)
         predict = predict or self.predict
         readout = Readout(self.decode, embed_output or self.feed_tokens(predict, embedded), predict)
-        looped = self.loop(e, context, readout, num_feedback_steps, every_step)
+        start = self.start_of(feedback_state, e, order, cache)
+        looped = self.loop(e, context, readout, num_feedback_steps, every_step, start)
         if cache is not None:
             cache.advance(context, keep_mask=self.config.has_attention)
 
-        outputs = tuple(scatter(y, order) for y in looped.outputs)
+        outputs = tuple(scatter(y, order)[:, -text:] for y in looped.outputs)
         hidden = None
         if output_hidden_states:
-            hidden = (*(scatter(x, order) for x in (embedded, e, *looped.states)), outputs[-1])
+            hidden = (*(scatter(x, order)[:, -text:] for x in (embedded, e, *looped.states)), outputs[-1])
         return FeedbackModelOutput(
             last_hidden_state=outputs[-1],
             past_key_values=cache,
@@ -287,7 +323,48 @@ class FeedbackModel(FeedbackPreTrainedModel):
             num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order),
             halting_probabilities=looped.probabilities and tuple(scatter(p, order) for p in looped.probabilities),
             halting_loss=None if looped.halting_loss is None else scatter(looped.halting_loss, order),
+            feedback_state=None if looped.state is None else looped.state.map(lambda x: scatter(x, order)),
+            halting_logits=looped.halting_logits,
         )
+
+    def with_prefix(
+        self, embedded: Tensor, attention_mask: Tensor | None, prefix_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return a prefix and the embeddings, [B, P + T, D], and their mask."""
+        batch, number = len(embedded), self.config.num_prefix_tokens
+        ids = embedded.new_zeros(batch, dtype=torch.long) if prefix_ids is None else prefix_ids
+        if ids.shape != (batch,):
+            raise ValueError(f"prefix_ids have the shape {[*ids.shape]}: give a number for each row, [{batch}].")
+        prefix = cast(nn.Embedding, self.prefixes)(ids)
+        prefix = nn.functional.pad(prefix, (0, number * self.config.hidden_size - prefix.shape[1]))
+        embedded = torch.cat([prefix.unflatten(1, (number, -1)).to(embedded.dtype), embedded], dim=1)
+        if attention_mask is not None:
+            attention_mask = torch.cat([attention_mask.new_ones(batch, number), attention_mask], dim=1)
+        return embedded, attention_mask
+
+    @staticmethod
+    def check_alone(**arguments: Any) -> None:
+        for name, value in arguments.items():
+            if value is not None:
+                raise ValueError(f"{name} does not go with num_prefix_tokens: leave it out.")
+
+    def start_of(
+        self, state: FeedbackState | None, e: Tensor, order: Tensor | None, cache: FeedbackCache | None
+    ) -> FeedbackState | None:
+        """Return the state that a call begins with, in the order of its positions."""
+        if state is None:
+            return None
+        if not self.config.in_passes:
+            raise ValueError("feedback_state is of passes, and this model goes position by position: use its cache.")
+        if cache is not None:
+            raise ValueError(
+                "feedback_state goes on with the passes of a text, of which a cache would miss the first ones: set "
+                "use_cache=False."
+            )
+        state = FeedbackState(*state)
+        if state.h.shape != e.shape:
+            raise ValueError(f"feedback_state is of {[*state.h.shape]} and the input of {[*e.shape]}.")
+        return state.map(lambda x: gather(x, order))
 
     def make_cache(self, cache: FeedbackCache | None, use_cache: bool | None) -> FeedbackCache | None:
         if cache is not None and not isinstance(cache, FeedbackCache):

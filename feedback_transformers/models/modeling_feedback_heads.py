@@ -19,6 +19,7 @@ from .configuration_feedback import FeedbackConfig
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
 from .feedback_objectives import check_classes, check_shape, row_means, token_loss, token_mean
+from .feedback_states import FeedbackState
 from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
 
 logger = logging.get_logger(__name__)
@@ -30,7 +31,8 @@ class FeedbackOutput(ModelOutput):
     Args:
         loss: [], where labels were given.
         logits: their shape is told by the head.
-        past_key_values, hidden_states, feedback_states, num_feedback_steps: as in FeedbackModelOutput.
+        past_key_values, hidden_states, feedback_states, num_feedback_steps, feedback_state, halting_logits: as in
+            FeedbackModelOutput.
         pooling_mask: [B, T], 1 where a classifier of texts pools, with `output_feedback_states=True`.
     """
 
@@ -41,6 +43,8 @@ class FeedbackOutput(ModelOutput):
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
     pooling_mask: Tensor | None = None
+    feedback_state: FeedbackState | None = None
+    halting_logits: tuple[Tensor, ...] | None = None
 
 
 class FeedbackHead(FeedbackPreTrainedModel):
@@ -131,7 +135,10 @@ class FeedbackHead(FeedbackPreTrainedModel):
         else:
             supervised: tuple[Tensor, ...] = (outputs.last_hidden_state,)
             if self.training and self.config.supervision == "all" and outputs.feedback_states is not None:
-                supervised = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
+                answers = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
+                supervised = answers[
+                    (len(answers) - 1) % self.config.supervision_interval :: self.config.supervision_interval
+                ]
             total = torch.stack([loss(y) for y in supervised]).mean()
         feedback = getattr(self, "feedback", None)
         if feedback is not None and self.training:  # a single pass doesn't read it, and DDP waits for its gradient
@@ -261,6 +268,8 @@ class FeedbackLMHead(FeedbackHead):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
+            feedback_state=outputs.feedback_state,
+            halting_logits=outputs.halting_logits,
         )
 
 
@@ -407,5 +416,7 @@ class FeedbackClassifier(FeedbackHead):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
+            feedback_state=outputs.feedback_state,
+            halting_logits=outputs.halting_logits,
             pooling_mask=None if outputs.feedback_states is None else mask,
         )

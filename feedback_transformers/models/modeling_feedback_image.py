@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .feedback_arguments import named_arguments
+from .feedback_states import FeedbackState
 from .modeling_feedback_heads import FeedbackClassifier, FeedbackOutput
 
 
@@ -22,6 +23,7 @@ class FeedbackForImageClassification(FeedbackClassifier):
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
+        feedback_state: FeedbackState | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> FeedbackOutput:
         """Return logits [B, L] of pixel_values [B, C, H, W], and the loss over labels, [B] classes or [B, L] numbers.
@@ -37,6 +39,7 @@ class FeedbackForImageClassification(FeedbackClassifier):
             use_cache=False,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
+            feedback_state=feedback_state,
         )
         return self.classify(outputs, labels, None, num_items_in_batch)
 

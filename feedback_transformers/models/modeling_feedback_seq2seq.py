@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .feedback_arguments import check_positions, named_arguments
 from .feedback_cache import FeedbackCache
 from .feedback_objectives import check_classes
+from .feedback_states import FeedbackState
 from .modeling_feedback import FeedbackModel
 from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead
 
@@ -27,7 +28,7 @@ class FeedbackSeq2SeqOutput(ModelOutput):
     Args:
         loss: [], where labels were given.
         logits: [B, T, V].
-        past_key_values, feedback_states, num_feedback_steps: as in FeedbackModelOutput, of the target.
+        past_key_values, feedback_states, num_feedback_steps, feedback_state: as in FeedbackModelOutput, of the target.
         decoder_hidden_states: as `hidden_states` of FeedbackModelOutput, of the target.
         encoder_last_hidden_state: [B, S, D], what the target attends to.
         encoder_hidden_states: the embeddings of the source and the encoder's output, each [B, S, D], with
@@ -42,6 +43,7 @@ class FeedbackSeq2SeqOutput(ModelOutput):
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
+    feedback_state: FeedbackState | None = None
 
     @property
     def hidden_states(self) -> tuple[Tensor, ...] | None:
@@ -118,6 +120,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
+        feedback_state: FeedbackState | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
@@ -166,6 +169,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
+            feedback_state=feedback_state,
         )
         read = self.read(outputs, labels, labels, logits_to_keep, num_items_in_batch=num_items_in_batch, **kwargs)
         return FeedbackSeq2SeqOutput(
@@ -177,6 +181,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
             encoder_hidden_states=encoder_outputs[1] if len(encoder_outputs) > 1 else None,
             feedback_states=read.feedback_states,
             num_feedback_steps=read.num_feedback_steps,
+            feedback_state=read.feedback_state,
         )
 
 

@@ -26,6 +26,7 @@ from .feedback_objectives import (
     token_mean,
     warn_of_padding,
 )
+from .feedback_states import FeedbackState
 from .modeling_feedback_heads import FeedbackClassifier, FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
 
 # Trainer's label smoothing looks here for the models whose labels it has to shift. This file travels with checkpoints.
@@ -50,6 +51,8 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
+        prefix_ids: Tensor | None = None,
+        feedback_state: FeedbackState | None = None,
         logits_to_keep: int | Tensor = 0,
         token_type_ids: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -76,6 +79,8 @@ class FeedbackForCausalLM(FeedbackLMHead, FeedbackGenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
+            prefix_ids=prefix_ids,
+            feedback_state=feedback_state,
         )
         targets, ignored = kwargs.pop("shift_labels", None), kwargs.get("ignore_index", -100)
         if targets is None and labels is not None:
@@ -106,6 +111,8 @@ class FeedbackForMaskedLM(FeedbackLMHead):
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
+        prefix_ids: Tensor | None = None,
+        feedback_state: FeedbackState | None = None,
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> FeedbackOutput:
@@ -124,6 +131,8 @@ class FeedbackForMaskedLM(FeedbackLMHead):
             num_feedback_steps=num_feedback_steps,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
+            prefix_ids=prefix_ids,
+            feedback_state=feedback_state,
         )
         return self.read(outputs, labels, labels, num_items_in_batch=num_items_in_batch, **kwargs)
 
@@ -144,6 +153,8 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
+        prefix_ids: Tensor | None = None,
+        feedback_state: FeedbackState | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> FeedbackOutput:
         """Return logits [B, L], and the loss over labels, [B] classes or numbers, or [B, L] numbers.
@@ -170,6 +181,8 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
             use_cache=False,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
+            prefix_ids=prefix_ids,
+            feedback_state=feedback_state,
         )
         return self.classify(outputs, labels, mask, num_items_in_batch)
 
@@ -201,6 +214,8 @@ class FeedbackForTokenClassification(FeedbackClassifier):
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
+        prefix_ids: Tensor | None = None,
+        feedback_state: FeedbackState | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> FeedbackOutput:
         """Return logits [B, T, L], and the loss over labels [B, T], -100 where left out."""
@@ -218,6 +233,8 @@ class FeedbackForTokenClassification(FeedbackClassifier):
             use_cache=False,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
+            prefix_ids=prefix_ids,
+            feedback_state=feedback_state,
         )
         logits, loss = self.predict(outputs.last_hidden_state), None
         if labels is not None:
@@ -236,6 +253,8 @@ class FeedbackForTokenClassification(FeedbackClassifier):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
+            feedback_state=outputs.feedback_state,
+            halting_logits=outputs.halting_logits,
         )
 
 
@@ -245,7 +264,7 @@ class FeedbackQuestionAnsweringOutput(ModelOutput):
     Args:
         loss: [], where both positions were given.
         start_logits, end_logits: [B, T].
-        hidden_states, feedback_states, num_feedback_steps: as in FeedbackModelOutput.
+        hidden_states, feedback_states, num_feedback_steps, feedback_state, halting_logits: as in FeedbackModelOutput.
     """
 
     loss: Tensor | None = None
@@ -254,6 +273,8 @@ class FeedbackQuestionAnsweringOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
+    feedback_state: FeedbackState | None = None
+    halting_logits: tuple[Tensor, ...] | None = None
 
 
 class FeedbackForQuestionAnswering(FeedbackClassifier):
@@ -285,6 +306,8 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
         num_feedback_steps: int | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
+        prefix_ids: Tensor | None = None,
+        feedback_state: FeedbackState | None = None,
     ) -> FeedbackQuestionAnsweringOutput:
         """Return start_logits and end_logits [B, T], and the loss over start_positions and end_positions [B]."""
         if (start_positions is None) != (end_positions is None):
@@ -300,6 +323,8 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
             use_cache=False,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
+            prefix_ids=prefix_ids,
+            feedback_state=feedback_state,
         )
         start, end = self.predict(outputs.last_hidden_state).unbind(-1)
         loss = None
@@ -323,4 +348,6 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
+            feedback_state=outputs.feedback_state,
+            halting_logits=outputs.halting_logits,
         )

@@ -1,0 +1,115 @@
+"""RECURSIONS: what one step of the loop makes of the state, and in which order its parts run.
+
+    s_t = step( c(e, ·), φ, s_{t-1} )        h_t is read and fed back
+
+Shapes: e, φ and h are [B, T, D].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_feedback import FeedbackConfig
+from .feedback_cache import Context
+from .feedback_cells import State, make_cell
+from .feedback_layers import make_norm
+
+Connect = Callable[[Tensor | None], Tensor]  # φ -> c(e, φ)
+
+
+class LowState(NamedTuple):
+    """The fast latent of two levels; the slow one is h itself."""
+
+    low: Tensor  # [B, T, D]
+
+
+class Recursion(nn.Module):
+    """Base of recursions: one cell, which reads c(e, φ)."""
+
+    @staticmethod
+    def cell(config: FeedbackConfig) -> nn.Module:
+        """Return the modules that run within a step."""
+        return make_cell(config)
+
+    @staticmethod
+    def step(
+        cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, state: State, context: Context
+    ) -> tuple[Tensor, State]:
+        """Return h after a step on the depth axis, and the state beside it."""
+        return cell.step(connect(signal), state, context)
+
+
+class Levels(nn.Module):
+    """Stacks of a slow and a fast latent, or one stack for both, and the fast one's first state."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.low = make_cell(config)
+        self.high = None if config.share_levels else make_cell(config)
+        ends = config.output_norm == "pass"
+        self.low_norm = make_norm(config) if ends else nn.Identity()
+        self.high_norm = make_norm(config) if ends and not config.share_levels else None
+        self.low_state = nn.Parameter(torch.empty(config.hidden_size))
+
+    def init_parameters(self) -> None:
+        init.zeros_(self.low_state)
+
+    def think(self, x: Tensor, context: Context) -> Tensor:
+        """Run the stack of the fast latent."""
+        return self.low_norm(self.low(x, context))
+
+    def answer(self, x: Tensor, context: Context) -> Tensor:
+        """Run the stack of the slow latent."""
+        if self.high is None:
+            return self.think(x, context)
+        return (self.high_norm or nn.Identity())(self.high(x, context))
+
+
+class Hierarchical(Recursion):
+    """Two latents, a slow z_H = h and a fast z_L (HRM, Wang et al. 2025, arXiv:2506.21734; TRM, arXiv:2510.04871):
+
+    L times z_L = f_L( z_L + c(e, z_H) ), then z_H = f_H( z_H + z_L )
+    """
+
+    @staticmethod
+    def cell(config: FeedbackConfig) -> nn.Module:
+        return Levels(config)
+
+    @staticmethod
+    def step(
+        cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, state: State, context: Context
+    ) -> tuple[Tensor, State]:
+        x = connect(signal)
+        high = torch.zeros_like(x) if signal is None else signal
+        low = cell.low_state.to(x.dtype).expand_as(x) if state is None else state[0]
+        for number in range(config.num_low_steps):
+            low = cell.think(low + x, context.within("low", number))
+        return cell.answer(high + low, context.within("high")), LowState(low)
+
+
+class Refinement(Recursion):
+    """One latent that is thought over with the input, and then without it (TRM with a single z, arXiv:2510.04871):
+
+    L times z = f( c(e, z) ), then z = f( z )
+    """
+
+    @staticmethod
+    def step(
+        cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, state: State, context: Context
+    ) -> tuple[Tensor, State]:
+        z = signal
+        for number in range(config.num_low_steps):
+            z = cell(connect(z), context.within("low", number))
+        return cell(z, context.within("high")), None
+
+
+RECURSIONS: dict[str, type[Recursion]] = {
+    "single": Recursion,
+    "hierarchical": Hierarchical,
+    "refinement": Refinement,
+}

@@ -1,0 +1,105 @@
+"""INITIAL_STATES: where a recursion in depth begins, and the state that goes into a call and comes out of it.
+
+Shapes: B batch, T positions, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import ceil
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .configuration_feedback import FeedbackConfig
+from .feedback_cache import Context
+
+BLOCK = 64  # positions whose random state is drawn at once
+
+
+class FeedbackState(NamedTuple):
+    """State of a recursion after a pass, which a later call can go on from.
+
+    Detach it to carry it from one training step to the next. `torch.save(tuple(state))` saves it.
+    """
+
+    h: Tensor  # [B, T, D] what is read, and fed back with feedback_signal="state"
+    y: Tensor | None = None  # [B, T, D] g(h), whose prediction is fed back with feedback_signal="output"
+    cell: Any = None  # what the cell keeps beside h: a state of each recurrent layer, or the fast latent
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FeedbackState:
+        """Return the state with `change` applied to each tensor."""
+
+        def walk(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return change(value)
+            return None if value is None else tuple(walk(each) for each in value)
+
+        return FeedbackState(*walk(tuple(self)))
+
+    def detach(self) -> FeedbackState:
+        """Return the state without its gradient."""
+        return self.map(torch.Tensor.detach)
+
+
+class InitialState(nn.Module):
+    """Base of initial states: forward maps e [B, T, D] to h before the first pass, or None for zeros."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, e: Tensor, context: Context) -> Tensor | None:
+        return None
+
+
+class FromInput(InitialState):
+    """Begin at e itself."""
+
+    def forward(self, e: Tensor, context: Context) -> Tensor:
+        return e
+
+
+class Learned(InitialState):
+    """Begin at a learned vector, the same at each position."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.vector = nn.Parameter(torch.empty(config.hidden_size))
+
+    def init_parameters(self) -> None:
+        init.trunc_normal_(self.vector, std=1.0, a=-2.0, b=2.0)
+
+    def forward(self, e: Tensor, context: Context) -> Tensor:
+        return self.vector.to(e.dtype).expand_as(e)
+
+
+class Random(InitialState):
+    """Begin at a truncated normal draw of standard deviation `initial_state_scale`, cut at three of them (Huginn).
+
+    In evaluation a position's draw depends on `initial_state_seed` and its place in the text alone, so that a text
+    gives the same with and without cache, padding or other rows. In training each call draws anew.
+    """
+
+    def forward(self, e: Tensor, context: Context) -> Tensor:
+        scale = self.config.initial_state_scale
+        if scale == 0:
+            return torch.zeros_like(e)
+        if self.training:
+            return nn.init.trunc_normal_(torch.empty_like(e), std=scale, a=-3 * scale, b=3 * scale)
+        last = int(context.position_ids.max()) + 1
+        blocks = torch.empty(ceil(last / BLOCK), BLOCK, e.shape[-1])
+        for number, block in enumerate(blocks):
+            generator = torch.Generator().manual_seed(self.config.initial_state_seed + number)
+            nn.init.trunc_normal_(block, std=scale, a=-3 * scale, b=3 * scale, generator=generator)
+        return blocks.flatten(0, 1).to(e)[context.position_ids]
+
+
+INITIAL_STATES: dict[str, type[InitialState]] = {
+    "zeros": InitialState,
+    "input": FromInput,
+    "learned": Learned,
+    "random": Random,
+}

@@ -1,0 +1,350 @@
+"""Published models: what the official code computed from tiny random weights, recorded in tests/published.
+
+Each file holds weights under their official names, inputs, and the outputs of the official code, which its metadata
+names. Live models of transformers are compared as they are. The recurrences of the puzzle models are chaotic with
+random weights, so that a rounding error grows; with one thread the results are bit-equal.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    HrmTextConfig,
+    HrmTextForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from feedback_transformers import (
+    FeedbackConfig,
+    FeedbackForCausalLM,
+    FeedbackForMaskedLM,
+    FeedbackForSequenceClassification,
+    FeedbackModel,
+)
+from feedback_transformers.conversion import FAMILIES, convert, family_of, load_official, to_official
+from feedback_transformers.conversion.mapping import PairedRows, SwappedColumns
+
+FILES = Path(__file__).parent / "published"
+PUZZLES = ("trm", "trm_mlp", "trm_singlez", "hrm")
+TEXTS = ("ouro", "huginn", "retrofit_llama", "retrofit_olmo")
+FAMILY = {"trm_mlp": "trm", "retrofit_llama": "retrofitted_llama", "retrofit_olmo": "retrofitted_olmo"}
+
+
+def recorded(name: str) -> tuple[dict, dict, dict]:
+    """Return the official config, the official weights, and inputs and outputs."""
+    with safe_open(FILES / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it can't be iterated
+        config = json.loads(file.metadata()["config"])
+    weights = {key.removeprefix("state."): tensor for key, tensor in tensors.items() if key.startswith("state.")}
+    return config, weights, {key: tensor for key, tensor in tensors.items() if not key.startswith("state.")}
+
+
+def load(name: str, **fields):
+    config, weights, case = recorded(name)
+    model = convert(config, weights, **fields).eval()
+    if model.config.initial_state == "random":
+        model.config.initial_state_scale = 0.0  # as the outputs were recorded
+    return model, case
+
+
+def calls(name: str, case: dict) -> list[tuple[dict, torch.Tensor]]:
+    """Return arguments of a text model, and the official logits."""
+    if name == "ouro":
+        return [({}, case["logits"])]
+    return [({"num_feedback_steps": steps}, case[f"logits_num_steps_{steps}"]) for steps in (1, 4, 7)]
+
+
+def answers(model, case: dict):
+    """Return logits and q of each supervision step of a puzzle model."""
+    outputs = model(case["input_ids"], prefix_ids=case["puzzle_identifiers"], output_feedback_states=True)
+    every = model.config.supervision_interval
+    return torch.stack(model.step_logits(outputs))[every - 1 :: every], torch.stack(outputs.halting_logits)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@torch.no_grad()
+def test_logits_are_the_official_ones(name):
+    model, case = load(name)
+    for arguments, logits in calls(name, case):
+        assert_close(model(case["input_ids"], **arguments).logits, logits, 1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6])
+@torch.no_grad()
+def test_exits_are_the_official_ones(threshold):
+    model, case = load("ouro", halting_threshold=threshold)
+    outputs = model(case["input_ids"])
+    assert_close(outputs.logits, case[f"logits_exit_threshold_{threshold}"], 1e-5)
+    assert 1 < outputs.num_feedback_steps.float().mean() < 3
+
+
+@pytest.mark.parametrize("name", PUZZLES)
+@torch.no_grad()
+def test_every_supervision_step_is_the_official_one(name):
+    model, case = load(name)
+    logits, q = answers(model, case)
+    assert_close(logits, case["logits_by_supervision_step"], 1e-5)
+    assert_close(q, case["q_by_supervision_step"], 1e-5)
+    assert torch.equal(model(case["input_ids"], prefix_ids=case["puzzle_identifiers"]).logits, logits[-1])
+
+
+@pytest.mark.parametrize("name", PUZZLES)
+@torch.no_grad()
+def test_supervision_steps_go_on_from_a_carried_state(name):
+    """As the official training does, a call at a time."""
+    model, case = load(name)
+    expected, state = case["logits_by_supervision_step"], None
+    for logits in expected:
+        outputs = model(
+            case["input_ids"],
+            prefix_ids=case["puzzle_identifiers"],
+            num_feedback_steps=model.config.supervision_interval,
+            feedback_state=state,
+        )
+        state = outputs.feedback_state.detach()
+        assert_close(outputs.logits, logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+@torch.no_grad()
+def test_cached_in_pieces(name):
+    model, case = load(name)
+    for arguments, logits in calls(name, case):
+        cache, made = None, []
+        for start, stop in ((0, 4), (4, 5), (5, 9)):
+            piece = case["input_ids"][:, start:stop]
+            outputs = model(piece, past_key_values=cache, use_cache=True, **arguments)
+            cache, made = outputs.past_key_values, [*made, outputs.logits]
+        assert_close(torch.cat(made, dim=1), logits, 1e-4)
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *PUZZLES])
+@torch.no_grad()
+def test_padding_changes_nothing(name):
+    model, case = load(name)
+    ids, given = case["input_ids"], {"num_feedback_steps": 2}
+    if name in PUZZLES:  # with as few steps as there can be, since rounding errors grow
+        ids, given = ids[:, :6], {"num_feedback_steps": 1, "prefix_ids": case["puzzle_identifiers"]}
+        model.config.num_low_steps = 1
+    alone, width = model(ids, **given).logits, 3
+    padded = torch.cat([ids.new_zeros(2, width), ids], dim=1)
+    mask = torch.ones_like(padded)
+    mask[:, :width] = 0
+    assert_close(model(padded, attention_mask=mask, **given).logits[:, width:], alone, 1e-4)
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *PUZZLES])
+@torch.no_grad()
+def test_saved_loaded_and_written_back(name, tmp_path):
+    config, weights, case = recorded(name)
+    model = convert(config, weights).eval()
+    given = {"prefix_ids": case["puzzle_identifiers"]} if name in PUZZLES else {}
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(loaded(case["input_ids"], **given).logits, model(case["input_ids"], **given).logits)
+    family = FAMILY.get(name, name)
+    official, back = to_official(loaded, family)
+    named = {key.removeprefix("inner."): weight for key, weight in weights.items()}
+    assert back.keys() == named.keys() and all(torch.equal(back[key], named[key]) for key in named)
+    again = convert(official, back, family).eval()
+    assert torch.equal(again(case["input_ids"], **given).logits, model(case["input_ids"], **given).logits)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_published_folder_loads_by_its_type(name, tmp_path):
+    config, weights, case = recorded(name)
+    kind = "ouro" if name == "ouro" else "huginn_raven"
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    tied = {"lm_head.weight": weights["transformer.wte.weight"].clone()} if name == "huginn" else {}
+    rotary = {"freqs_cis": torch.zeros(1, 4, 1, 4, 2)} if name != "ouro" else {}
+    save_file({**weights, **tied, **rotary}, tmp_path / "model.safetensors")
+    for loaded in (
+        FeedbackForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path, initial_state_scale=0.0),
+    ):
+        assert type(loaded) is FeedbackForCausalLM and loaded.config.model_type == "feedback"
+        loaded.config.initial_state_scale = 0.0
+        for arguments, logits in calls(name, case):
+            assert_close(loaded(case["input_ids"], **arguments).logits, logits, 1e-5)
+    assert type(AutoModel.from_pretrained(tmp_path)) is FeedbackModel
+    classifier = FeedbackForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert classifier(case["input_ids"]).logits.shape == (2, 3)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == kind
+    assert load_official(tmp_path)[1].keys() >= weights.keys()
+
+
+# A comparison that could not fail would be worth nothing.
+
+
+@pytest.mark.parametrize("change", ["rotary halves", "columns", "eps", "order of norms"])
+@torch.no_grad()
+def test_a_slip_is_seen(change):
+    model, case = load("huginn")
+    loop = model.model.loop
+    if change == "rotary halves":
+        projection = loop.cell.layers[0].self_attn.q_proj
+        projection.weight.copy_(PairedRows(32, head_dim=8, rotated=1).pairs(projection.weight))
+    elif change == "columns":
+        loop.connection.signal_proj.weight.copy_(SwappedColumns().split(loop.connection.signal_proj.weight)[0])
+    elif change == "eps":
+        model.model.norm.eps = 1e-5 * 10
+    else:
+        layer = loop.cell.layers[0]
+        layer.attention_norm, layer.mlp_norm = layer.mlp_norm, layer.attention_norm
+    difference = model(case["input_ids"], num_feedback_steps=4).logits - case["logits_num_steps_4"]
+    assert difference.abs().max() > 1e-4
+
+
+def test_a_missing_and_an_unknown_weight_are_named():
+    config, weights, _ = recorded("ouro")
+    fewer = {key: weight for key, weight in weights.items() if key != "model.norm.weight"}
+    with pytest.raises(ValueError, match=r"This ouro checkpoint lacks model.loop.norm.weight"):
+        convert(config, fewer)
+    with pytest.raises(ValueError, match=r"The checkpoint holds model.other.weight, which no part of this family has"):
+        convert(config, {**weights, "model.other.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="is of no family that loads here: .*ouro, nanbeige"):
+        family_of({"model_type": "bloom"}, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("ouro", {"use_sliding_window": True}),
+        ("nanbeige", {"loop_share_kv": True}),
+        ("nanbeige", {"use_ngram_embedding": True}),
+        ("huginn", {"injection_type": "gate"}),
+        ("trm", {"pos_encodings": "learned"}),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(name, asked):
+    config = {"num_hidden_layers": 1} if name == "nanbeige" else recorded(name)[0]
+    (field,) = asked
+    with pytest.raises(ValueError, match=f"asks for {field}=.*not built here"):
+        FAMILIES[name].config({**config, **asked})
+
+
+def test_another_function_is_not_written_as_a_family():
+    model = FeedbackForCausalLM(FeedbackConfig(vocab_size=20, hidden_size=32))
+    with pytest.raises(ValueError, match="A ouro has num_encoder_layers=0, and this model 1"):
+        to_official(model, "ouro")
+
+
+# Live models
+
+
+def filled(model):
+    """Return a model whose every parameter is random, so that no part hides behind zeros or ones."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2 + (parameter.ndim == 1) * 0.5)
+    return model.eval()
+
+
+@pytest.mark.parametrize("passes", [1, 2, 4])
+@torch.no_grad()
+def test_nanbeige_is_a_llama_in_a_loop(passes):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "rms_norm_eps": 1e-5, "rope_theta": 7e7}
+    config = LlamaConfig(**sizes, tie_word_embeddings=False, attn_implementation="eager")
+    llama, ids = filled(LlamaForCausalLM(config)), torch.arange(3, 21).view(2, 9)
+    states = llama.model.embed_tokens(ids)
+    for _ in range(passes):
+        states = llama.model(inputs_embeds=states).last_hidden_state
+    official = {**config.to_dict(), "model_type": "nanbeige", "num_loops": passes}
+    ours = convert(official, llama.state_dict()).eval()
+    assert_close(ours(ids).logits, llama.lm_head(states), 1e-5)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+@torch.no_grad()
+def test_hrm_text_of_transformers(prefix):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    config = HrmTextConfig(**sizes, num_hidden_layers=2, H_cycles=2, L_cycles=3, embedding_scale=3.0)
+    official, ids = filled(HrmTextForCausalLM(config)), torch.arange(3, 21).view(2, 9)
+    ours = convert(config.to_dict(), official.state_dict()).eval()
+    types = {"token_type_ids": (torch.arange(9) < 5).long().expand(2, 9)} if prefix else {}
+    assert_close(ours(ids, **types).logits, official(ids, **types).logits, 1e-5)
+    plain = ours(ids).logits
+    assert (plain - ours(ids, token_type_ids=(torch.arange(9) < 5).long().expand(2, 9)).logits).abs().max() > 1e-3
+    padded = torch.cat([ids.new_zeros(2, 3), ids], dim=1)
+    mask = (torch.arange(12) >= 3).long().expand(2, 12)
+    kinds = {key: torch.cat([value.new_zeros(2, 3), value], dim=1) for key, value in types.items()}
+    expected = official(ids, **types).logits
+    assert_close(ours(padded, attention_mask=mask, **kinds).logits[:, 3:], expected, 1e-5)
+    first = ours(ids[:, :6], **{key: value[:, :6] for key, value in types.items()}, use_cache=True)
+    second = ours(ids[:, 6:], past_key_values=first.past_key_values, use_cache=True)
+    assert_close(torch.cat([first.logits, second.logits], dim=1), expected, 1e-4)
+    back_config, back = to_official(ours, "hrm_text")
+    again = HrmTextForCausalLM(HrmTextConfig(**back_config)).eval()
+    again.load_state_dict(back)
+    assert torch.equal(again(ids, **types).logits, official(ids, **types).logits)
+
+
+# Sizes without weights
+
+
+def test_ouro_has_the_published_number_of_parameters():
+    official = {
+        "model_type": "ouro",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 128,
+        "intermediate_size": 5632,
+        "vocab_size": 49152,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 65536,
+        "tie_word_embeddings": False,
+    }
+    with torch.device("meta"):
+        model = FeedbackForCausalLM(FAMILIES["ouro"].config(official))
+    assert model.num_parameters() == 2_667_974_657
+
+
+# What the originals lack
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_generates_in_batches_with_padding(name):
+    model, case = load(name)
+    ids = case["input_ids"][:, :6]
+    asked = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    alone = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)[:, -4:]
+    padded = torch.cat([ids.new_zeros(2, 3), ids], dim=1)
+    mask = (torch.arange(9) >= 3).long().expand(2, 9)
+    for use_cache in (True, False):
+        written = model.generate(padded, attention_mask=mask, use_cache=use_cache, **asked)
+        assert torch.equal(written[:, -4:], alone)
+
+
+@pytest.mark.parametrize("name", [*TEXTS, *PUZZLES])
+def test_lora_adapts_every_projection_by_default(name):
+    model, case = load(name)
+    given = {"prefix_ids": case["puzzle_identifiers"]} if name in PUZZLES else {}
+    adapted = get_peft_model(model, LoraConfig(r=2)).train()
+    adapted(input_ids=case["input_ids"], labels=case["input_ids"] % 11, **given).loss.backward()
+    projections = [n for n, m in model.named_modules() if n.endswith("_proj") and "halt_proj" not in n]
+    learned = {n.split(".lora_B")[0] for n, p in adapted.named_parameters() if "lora_B" in n and p.grad.any()}
+    assert projections and learned == {f"base_model.model.{name}" for name in projections}
+
+
+@pytest.mark.parametrize("name", ["trm", "hrm"])
+def test_a_puzzle_model_trains_as_a_masked_language_model(name):
+    model, case = load(name)
+    assert type(model) is FeedbackForMaskedLM
+    loss = model.train()(case["input_ids"], prefix_ids=case["puzzle_identifiers"], labels=case["input_ids"]).loss
+    loss.backward()
+    assert loss.isfinite() and model.model.prefixes.weight.grad.any()
