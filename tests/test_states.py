@@ -1,0 +1,164 @@
+"""The state of a recursion: where it begins, and that it goes out of one call and into another."""
+
+import pytest
+import torch
+from conftest import assert_close, build, dataset, pad, tokens
+from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
+
+from feedback_transformers import (
+    FeedbackForImageClassification,
+    FeedbackForMaskedLM,
+    FeedbackForSequenceClassification,
+    FeedbackState,
+)
+from feedback_transformers.models.feedback_states import BLOCK, INITIAL_STATES
+
+LEVELS = {"feedback_connection": "sum", "initial_state": "learned"}
+KINDS = {
+    "transformer": {},
+    "gru": {"feedback_type": "gru"},
+    "lstm": {"feedback_type": "lstm", "num_feedback_layers": 2},
+    "output": {"feedback_signal": "output"},
+    "rnn decoder": {"feedback_signal": "output", "decoder_type": "rnn"},
+    "hierarchical": {"feedback_recursion": "hierarchical", **LEVELS},
+    "refinement": {"feedback_recursion": "refinement", **LEVELS},
+    "jacobi": {"feedback_axis": "time", "solver": "jacobi"},
+    "jacobi, interval": {"feedback_axis": "time", "solver": "jacobi", "feedback_interval": 3},
+    "jacobi, output": {"feedback_axis": "time", "solver": "jacobi", "feedback_signal": "output"},
+    "gauss_seidel": {"feedback_axis": "time", "solver": "gauss_seidel", "solver_block_size": 4},
+    "none": {"feedback_signal": "none", "feedback_type": "gru"},
+    "both sides": {"is_causal": False},
+    "random": {"initial_state": "random"},
+}
+each_kind = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+
+
+def head_of(fields: dict):
+    return build(FeedbackForMaskedLM, **fields) if fields.get("is_causal") is False else build(**fields)
+
+
+@each_kind
+@torch.no_grad()
+def test_k_passes_and_then_the_others_are_all_passes(fields):
+    """Bit-equal, also in rows with padding."""
+    model = head_of(fields)
+    batch, mask = pad(tokens(3, 11), [11, 8, 4], "left")
+    for given in ({"input_ids": tokens()}, {"input_ids": batch, "attention_mask": mask}):
+        whole = model(**given, num_feedback_steps=5, use_cache=False)
+        state = None
+        for steps in (2, 1, 2):
+            part = model(**given, num_feedback_steps=steps, feedback_state=state, use_cache=False)
+            state = part.feedback_state
+        real = mask.bool() if "attention_mask" in given else slice(None)
+        assert torch.equal(part.logits[real], whole.logits[real])
+        assert torch.equal(state.h[real], whole.feedback_state.h[real])
+        fewer = model(**given, num_feedback_steps=3, use_cache=False).logits
+        assert (fewer - whole.logits).abs().max() > 1e-4 or fields.get("feedback_signal") == "none"
+
+
+@each_kind
+@torch.no_grad()
+def test_a_state_is_saved(fields, tmp_path):
+    model, batch = head_of(fields), tokens()
+    state = model(batch, num_feedback_steps=2, use_cache=False).feedback_state
+    torch.save(tuple(state.detach()), tmp_path / "state.pt")
+    again = FeedbackState(*torch.load(tmp_path / "state.pt"))
+    arguments = {"num_feedback_steps": 2, "use_cache": False}
+    expected = model(batch, feedback_state=state, **arguments).logits
+    assert torch.equal(model(batch, feedback_state=again, **arguments).logits, expected)
+
+
+def test_a_state_of_tensors_fits_safetensors(tmp_path):
+    model, batch = build(), tokens()
+    state = model(batch, num_feedback_steps=2, use_cache=False).feedback_state.detach()
+    save_file({"h": state.h, "y": state.y}, tmp_path / "state.safetensors")
+    loaded = load_file(tmp_path / "state.safetensors")
+    arguments = {"num_feedback_steps": 2, "use_cache": False}
+    expected = model(batch, feedback_state=state, **arguments).logits
+    assert torch.equal(model(batch, feedback_state=FeedbackState(**loaded), **arguments).logits, expected)
+
+
+def test_training_carries_a_detached_state():
+    """Each step goes on with the answer of the last one, and the loss of the same rows falls."""
+    model, batch, state = build(feedback_recursion="hierarchical", **LEVELS).train(), tokens(), None
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(8):
+        outputs = model(batch, labels=batch, num_feedback_steps=2, feedback_state=state)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        state = outputs.feedback_state.detach()
+        losses.append(outputs.loss.item())
+    assert not state.h.requires_grad and losses[-1] < 0.8 * losses[0]
+
+
+@torch.no_grad()
+def test_other_heads_take_a_state():
+    classifier, batch = build(FeedbackForSequenceClassification), tokens()
+    state = classifier(batch, num_feedback_steps=2).feedback_state
+    expected = classifier(batch, num_feedback_steps=4).logits
+    assert torch.equal(classifier(batch, num_feedback_steps=2, feedback_state=state).logits, expected)
+    image = build(FeedbackForImageClassification, embedding_type="patches", image_size=8, is_causal=False)
+    pixels = torch.randn(2, 1, 8, 8)
+    state = image(pixels, num_feedback_steps=2).feedback_state
+    expected = image(pixels, num_feedback_steps=4).logits
+    assert torch.equal(image(pixels, num_feedback_steps=2, feedback_state=state).logits, expected)
+
+
+def test_what_cannot_take_a_state_says_so():
+    state = build()(tokens(), use_cache=False).feedback_state
+    with pytest.raises(ValueError, match=r"feedback_state is of \[2, 13, 32\] and the input of \[2, 5, 32\]"):
+        build()(tokens(2, 5), feedback_state=state, use_cache=False)
+    with pytest.raises(ValueError, match="of which a cache would miss the first ones: set use_cache=False"):
+        build()(tokens(), feedback_state=state, use_cache=True)
+    with pytest.raises(ValueError, match="this model goes position by position: use its cache"):
+        build(feedback_axis="time", feedback_type="gru")(tokens(), feedback_state=state, use_cache=False)
+
+
+# Where it begins
+
+
+@pytest.mark.parametrize("name", INITIAL_STATES)
+@torch.no_grad()
+def test_the_initial_state_is_what_its_name_says(name):
+    model, batch = build(initial_state=name, initial_state_scale=0.5), tokens()
+    given = {"num_feedback_steps": 2, "use_cache": False}
+    e = model(batch, output_hidden_states=True, **given).hidden_states[1]
+    expected = {"zeros": torch.zeros_like(e), "input": e}
+    if name == "learned":
+        model.model.loop.initial_state.vector.normal_()
+        expected["learned"] = model.model.loop.initial_state.vector.expand_as(e)
+    if name in expected:
+        started = model(batch, feedback_state=FeedbackState(expected[name]), **given).logits
+        assert_close(model(batch, **given).logits, started, 1e-6)
+
+
+@torch.no_grad()
+def test_a_random_state_is_drawn_by_place_and_seed():
+    model, batch = build(initial_state="random", initial_state_scale=0.5), tokens(2, 5)
+    given = {"num_feedback_steps": 1, "use_cache": False}
+    assert torch.equal(model(batch, **given).logits, model(batch, **given).logits)
+    assert_close(model(batch[1:], **given).logits, model(batch, **given).logits[1:], 1e-5)
+    first = model(batch, **given).logits
+    model.config.initial_state_seed = 1
+    assert (model(batch, **given).logits - first).abs().max() > 1e-3
+    model.train()
+    assert (model(batch, **given).logits - model(batch, **given).logits).abs().max() > 1e-3
+    context = type("Places", (), {"position_ids": torch.arange(3 * BLOCK)[None]})()
+    drawn = model.eval().model.loop.initial_state(torch.empty(1, 3 * BLOCK, 32), context)
+    assert drawn.std() == pytest.approx(0.5, rel=0.03) and drawn.abs().max() <= 1.5
+    assert len(drawn[0].unique(dim=0)) == 3 * BLOCK
+
+
+def test_trainer_takes_models_that_return_a_state(tmp_path):
+    from transformers import Trainer
+
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, use_cpu=True, report_to="none", eval_strategy="steps", eval_steps=1
+    )
+    model = build(feedback_recursion="hierarchical", **LEVELS)
+    trainer = Trainer(model, arguments, train_dataset=dataset(), eval_dataset=dataset(4))
+    trainer.train()
+    assert trainer.predict(dataset(4)).predictions.shape == (4, 16, 50)
