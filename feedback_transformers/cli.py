@@ -1,4 +1,4 @@
-"""Run `feedback-transformers export | card | info`.
+"""Run `feedback-transformers export | card | info | convert | verify`.
 
 `hf upload`, `hf download`, `hf auth login` and `hf cache verify` do the rest.
 """
@@ -16,13 +16,16 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import save_file
 from transformers import AutoConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from . import hub
+from . import conversion, hub
 from .card import layers
 from .models.configuration_feedback import AUTO_MAP, MODELING, FeedbackConfig
 from .models.feedback_files import check_download
 from .models.modeling_feedback import FeedbackPreTrainedModel
+from .published import TYPES
 
 SAID = ("name", "description", "license", "language", "base_model", "repository", "good_at", "limits", "dataset")
 
@@ -70,6 +73,15 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("source", help="a folder, or a repository of the Hub")
     info.add_argument("--revision", help="a branch, tag or commit of the repository")
     info.set_defaults(run=run_info)
+    convert = commands.add_parser("convert", help="write a published model as ours, or ours as a published one")
+    convert.add_argument("source", help="a folder, or a repository of the Hub")
+    convert.add_argument("folder", type=Path, help="the folder to write")
+    convert.add_argument("--to", choices=conversion.FAMILIES, help="the published layout; ours where left out")
+    convert.set_defaults(run=run_convert)
+    verify = commands.add_parser("verify", help="compare a published model, converted, with the official code")
+    verify.add_argument("source", help="a folder, or a repository of the Hub")
+    verify.add_argument("--trust_remote_code", action="store_true", help="run the code that the checkpoint brings")
+    verify.set_defaults(run=run_verify)
     return top
 
 
@@ -177,6 +189,55 @@ def run_info(args: argparse.Namespace) -> None:
         about["weights here"] = f"{checked} files, each with the announced SHA-256" if checked else "none"
     for name, value in about.items():
         print(f"{name:<26}{value}")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    if args.to is None:
+        official, weights = conversion.load_official(args.source)
+        model = conversion.convert(official, weights)
+        model.save_pretrained(args.folder)
+        family = conversion.family_of(official, weights).name
+        print(f"{args.folder} holds {args.source}, a model of the family {family}, as a {type(model).__name__}.")
+    else:
+        model = auto_class(load_config(args.source)).from_pretrained(args.source)
+        official, weights = conversion.to_official(model, args.to)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        (args.folder / "config.json").write_text(json.dumps(official, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, args.folder / "model.safetensors", metadata={"format": "pt"})
+        print(f"{args.folder} holds {args.source} in the layout of {args.to}.")
+    if (processor := hub.processor_of(args.source)) is not None:
+        processor.save_pretrained(args.folder)
+
+
+@torch.no_grad()
+def run_verify(args: argparse.Namespace) -> None:
+    official, weights = conversion.load_official(args.source)
+    family = conversion.family_of(official, weights)
+    ours = conversion.convert(official, weights, dtype=torch.float32).eval()
+    print(f"{args.source}: family {family.name}, {len(weights)} weights, each of which has its place.")
+    print(f"Its mapping was made from {family.source}, and is tested against what that computed.")
+    code = (official.get("auto_map") or {}).get("AutoModelForCausalLM")
+    theirs, why = None, "it is not here, and the checkpoint brings none"
+    try:
+        if family.name in transformers.CONFIG_MAPPING and family.name not in TYPES:
+            theirs = transformers.AutoModelForCausalLM.from_pretrained(args.source, dtype=torch.float32)
+        elif code is not None and args.trust_remote_code:
+            cls: Any = get_class_from_dynamic_module(code, args.source)
+            theirs = cls.from_pretrained(args.source, dtype=torch.float32)
+        elif code is not None:
+            why = "give --trust_remote_code to run what the checkpoint brings"
+    except Exception as error:  # the code of others fails in many ways
+        why = f"it could not be run here ({type(error).__name__}: {str(error).splitlines()[0]})"
+    if theirs is None:
+        print(f"Its logits were NOT compared with the official code: {why}.")
+        return
+    theirs.eval()
+    ids = torch.randint(ours.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    difference = (ours(ids, use_cache=False).logits - theirs(ids).logits).abs().max().item()
+    print(f"Logits of 2 rows of 16 random tokens, in float32: the largest difference is {difference:.1e}.")
+    print("Not compared: its tokenizer, generation, training, and other data types.")
+    if difference > 1e-3:
+        raise ValueError("The logits differ: please report this checkpoint.")
 
 
 def names(folder: Path) -> list[str]:

@@ -37,7 +37,8 @@ def register() -> None:
     for model_type in TYPES:
         if model_type in transformers.CONFIG_MAPPING:
             continue
-        config = type(f"{model_type.title().replace('_', '')}Config", (PreTrainedConfig,), {"model_type": model_type})
+        name = f"{model_type.title().replace('_', '')}Config"
+        config = type(name, (PreTrainedConfig,), {"model_type": model_type})
         transformers.AutoConfig.register(model_type, config)
         for auto, head in HEADS.items():
             getattr(transformers, auto).register(config, loader(config, head))

@@ -5,7 +5,9 @@ names. Live models of transformers are compared as they are. The recurrences of 
 random weights, so that a rounding error grows; with one thread the results are bit-equal.
 """
 
+import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 from conftest import assert_close
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_examples import examples_on_path  # noqa: F401 - a fixture
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -30,6 +33,8 @@ from feedback_transformers import (
     FeedbackForMaskedLM,
     FeedbackForSequenceClassification,
     FeedbackModel,
+    cli,
+    data,
 )
 from feedback_transformers.conversion import FAMILIES, convert, family_of, load_official, to_official
 from feedback_transformers.conversion.mapping import PairedRows, SwappedColumns
@@ -348,3 +353,102 @@ def test_a_puzzle_model_trains_as_a_masked_language_model(name):
     loss = model.train()(case["input_ids"], prefix_ids=case["puzzle_identifiers"], labels=case["input_ids"]).loss
     loss.backward()
     assert loss.isfinite() and model.model.prefixes.weight.grad.any()
+
+
+# Scripts and the command line
+
+
+def write(folder: Path, name: str) -> dict:
+    """Write a published text model to a folder; return its inputs and outputs."""
+    folder.mkdir(exist_ok=True)
+    config, weights, case = recorded(name)
+    kind = "ouro" if name == "ouro" else "huginn_raven"
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    save_file(weights, folder / "model.safetensors")
+    return case
+
+
+def test_the_command_line_converts_both_ways(tmp_path, capsys):
+    case = write(tmp_path / "theirs", "ouro")
+    cli.main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")])
+    assert "a model of the family ouro, as a FeedbackForCausalLM" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert_close(model(case["input_ids"]).logits, case["logits"], 1e-5)
+    cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "ouro"])
+    before, after = (load_file(tmp_path / each / "model.safetensors") for each in ("theirs", "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    written = json.loads((tmp_path / "back/config.json").read_text())
+    expected = recorded("ouro")[0]
+    assert all(expected[key] == value for key, value in written.items() if key not in ("model_type", "architectures"))
+    with pytest.raises(SystemExit, match="A nanbeige has norm_placement='family', and this model 'sandwich'"):
+        cli.main(["convert", str(tmp_path / "ours"), str(tmp_path / "no"), "--to", "nanbeige"])
+
+
+def test_verify_says_what_was_compared(tmp_path, capsys):
+    write(tmp_path / "ouro", "ouro")
+    cli.main(["verify", str(tmp_path / "ouro")])
+    printed = capsys.readouterr().out
+    assert "family ouro, 27 weights, each of which has its place" in printed
+    assert "NOT compared with the official code: it is not here, and the checkpoint brings none" in printed
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    filled(HrmTextForCausalLM(HrmTextConfig(**sizes, num_hidden_layers=1))).save_pretrained(tmp_path / "hrm")
+    cli.main(["verify", str(tmp_path / "hrm")])
+    printed = capsys.readouterr().out
+    assert "the largest difference is" in printed and "Not compared: its tokenizer" in printed
+
+
+THEIR_CODE = """
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class NanbeigeForCausalLM(PreTrainedModel):
+    config_class = LlamaConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids):
+        states = self.model.embed_tokens(input_ids)
+        for _ in range(self.config.num_loops):
+            states = self.model(inputs_embeds=states).last_hidden_state
+        return CausalLMOutput(logits=self.lm_head(states))
+"""
+
+
+def test_verify_runs_code_that_is_trusted(tmp_path, capsys):
+    """And only that."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    llama = filled(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=2, tie_word_embeddings=False)))
+    llama.save_pretrained(tmp_path)
+    code = {"AutoModelForCausalLM": "modeling_nanbeige.NanbeigeForCausalLM"}
+    config = {**llama.config.to_dict(), "model_type": "nanbeige", "num_loops": 3, "auto_map": code}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "modeling_nanbeige.py").write_text(THEIR_CODE)
+    cli.main(["verify", str(tmp_path)])
+    assert "NOT compared with the official code: give --trust_remote_code to run what" in capsys.readouterr().out
+    cli.main(["verify", str(tmp_path), "--trust_remote_code"])
+    found = re.search("the largest difference is (.*)[.]", capsys.readouterr().out)
+    assert float(found[1]) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["ouro", "hrm_text"])
+def test_a_script_trains_a_published_folder(kind, tmp_path, examples_on_path):  # noqa: F811
+    if kind == "ouro":
+        write(tmp_path / "it", "ouro")
+    else:
+        sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+        HrmTextForCausalLM(HrmTextConfig(**sizes, num_hidden_layers=1)).save_pretrained(tmp_path / "it")
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question\n" * 200)
+    data.characters([(tmp_path / "text.txt").read_text()]).save_pretrained(tmp_path / "it")
+    script = importlib.import_module("run_clm")
+    arguments = {"model_name_or_path": "it", "train_file": "text.txt", "output_dir": "out", "max_steps": 2}
+    arguments = {key: str(tmp_path / value) if key != "max_steps" else value for key, value in arguments.items()}
+    script.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))] + ["--smoke"])
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(trained) is FeedbackForCausalLM and trained.config.feedback_connection == "replace"

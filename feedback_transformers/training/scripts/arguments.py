@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, HfArgumentParser, PreTrainedModel, TrainingArguments
 
+from ...conversion.convert import is_published
 from ...models.configuration_feedback import PRESETS, FeedbackConfig
 
 TRAINING = {  # defaults of all scripts that use Trainer
@@ -59,7 +60,11 @@ class ModelArguments:
 
     def load(self, auto: Any, **fields: Any) -> PreTrainedModel:
         """Load the checkpoint as a model of the class `auto`."""
-        model = auto.from_pretrained(self.model_name_or_path, **fields, **self.hub_options)
+        published, _ = FeedbackConfig.get_config_dict(str(self.model_name_or_path), **self.hub_options)
+        head = (
+            auto._model_mapping[FeedbackConfig] if is_published(published) else auto
+        )  # also where both know the type
+        model = head.from_pretrained(self.model_name_or_path, **fields, **self.hub_options)
         if model.config.model_type != FeedbackConfig.model_type:
             raise ValueError(
                 f"{self.model_name_or_path} is a model of type {model.config.model_type!r}, not a feedback model: "
