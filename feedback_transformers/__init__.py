@@ -45,12 +45,20 @@ __all__ = [
 ]
 
 
+def _complete_push(model: FeedbackPreTrainedModel, folder: str, repository: str) -> None:
+    from . import hub  # which is heavier than the rest, and of use in an upload only
+
+    hub.complete_push(model, folder, repository)
+
+
 def _register() -> None:
     """Tell the Auto classes, and PEFT where it is installed, of this model type; a second call changes nothing."""
     transformers.AutoConfig.register("feedback", FeedbackConfig, exist_ok=True)
     for auto, reference in MODELING.items():
         model = globals()[reference.split(".")[1]]
         getattr(transformers, auto).register(FeedbackConfig, model, exist_ok=True)
+    if _complete_push not in FeedbackPreTrainedModel.before_upload:
+        FeedbackPreTrainedModel.before_upload.append(_complete_push)
     register_published()
     if find_spec("peft") is not None:
         from .adapters import register

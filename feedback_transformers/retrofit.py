@@ -20,7 +20,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, logging
 
 from .models.configuration_feedback import FeedbackConfig
-from .models.feedback_backbones import BACKBONES, layer_kind
+from .models.feedback_backbones import BACKBONES
+from .models.feedback_layers import layer_kind
 from .models.feedback_names import BIDIRECTIONAL_TYPES, RETROFIT_TYPES, SHARED_WITH_BACKBONE
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
 from .models.modeling_feedback_text import FeedbackForCausalLM, FeedbackForSequenceClassification

@@ -87,19 +87,6 @@ def attention_of(config: Any, asked: str | None) -> str | None:
     return "eager" if capped else asked
 
 
-def layer_kind(backbone: PreTrainedConfig, index: int) -> str:
-    """Return the kind of a layer, `full_attention` or `sliding_attention`."""
-    kinds = getattr(backbone, "layer_types", None)
-    if kinds:
-        return kinds[min(index, len(kinds) - 1)]
-    return "full_attention" if getattr(backbone, "sliding_window", None) is None else "sliding_attention"
-
-
-def rotary_by_kind(backbone: PreTrainedConfig) -> bool:
-    """Return whether sliding and full attention have rotary positions of their own, as in Gemma 3."""
-    return backbone.model_type == "gemma3_text"
-
-
 def initialize(backbone: PreTrainedConfig, module: nn.Module) -> None:
     """Initialise a module as its family does: some norms begin at zero, and GPT-2's projections smaller."""
     family = base_class(backbone)

@@ -259,6 +259,7 @@ class Context:
     source: Tensor | None = None  # [B, S, D] the encoded source of a sequence-to-sequence model
     source_mask: Tensor | None = None  # [B, S]
     cross_attention: EncoderDecoderCache | None = None  # keys and values of the source, computed once a text
+    memo: dict[Any, Any] = field(default_factory=dict)  # masks and rotary tables, made once for these positions
     iterations: list[int] = field(default_factory=list)  # of Newton's method in this call, one number a layer
 
     def for_part(self, part: str, step: int | str = "") -> Context:
@@ -277,6 +278,7 @@ class Context:
             offset=self.offset + start,
             mask=None if self.mask is None else self.mask[:, start:stop],
             key_mask=None if self.key_mask is None else self.key_mask[:, : self.offset + stop],
+            memo={},
         )
 
     def state(self) -> tuple[Tensor, ...] | None:

@@ -94,6 +94,8 @@ class MemoryTransformerCell(TransformerCell):
     passes, it holds what the pass before made of them.
     """
 
+    same_in_passes = False
+
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         self.rotate = family_member(self.backbone.model_type, "apply_rotary_pos_emb")

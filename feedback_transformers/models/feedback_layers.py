@@ -22,17 +22,28 @@ from transformers.masking_utils import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_backbones import BACKBONES, family_member, layer_kind, rotary_by_kind
+from .feedback_backbones import BACKBONES, family_member
 from .feedback_cache import Context, KeyValueSlots, MaskSizes
 
 ACT2FN.setdefault("rrelu", nn.RReLU)
 
 
+def layer_kind(backbone: Any, index: int) -> str:
+    """Return the kind of a layer, `full_attention` or `sliding_attention`."""
+    kinds = getattr(backbone, "layer_types", None)
+    if kinds:
+        return kinds[min(index, len(kinds) - 1)]
+    return "full_attention" if getattr(backbone, "sliding_window", None) is None else "sliding_attention"
+
+
 class TransformerStack(nn.Module):
     """Layers of the family in `config.backbone_config`, borrowed from transformers with all of their attention.
 
-    In a retrofitted model the layers come from the original (`take_over`), each with its own number there.
+    In a retrofitted model the layers come from the original (`take_over`), each with its own number there. Masks and
+    rotary tables are made once a call, and not once a pass.
     """
+
+    same_in_passes = True  # whether the mask is
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
         super().__init__()
@@ -40,6 +51,9 @@ class TransformerStack(nn.Module):
         self.causal, self.first = causal, 0
         self.family = family = BACKBONES[backbone.model_type]
         self.layers, self.rotary, self.mixes = nn.ModuleList(), None, config.token_mixer == "mlp"
+        self.turns_by_kind = (
+            backbone.model_type == "gemma3_text"
+        )  # sliding and full attention have tables of their own
         if config.retrofitted_from is not None:
             return
         if config.norm_placement == "family":
@@ -62,12 +76,25 @@ class TransformerStack(nn.Module):
 
     def states(self, x: Tensor, context: Context, cache: KeyValueSlots | None) -> list[Tensor]:
         """Return the input and the output of every layer, each [B, T, D]."""
-        kinds = [layer_kind(self.backbone, self.first + i) for i in range(len(self.layers))]
-        arguments = {kind: self.arguments(x, context, kind) for kind in set(kinds)}
+        key = (self.causal, self.first, len(self.layers), x.dtype)
+        given = context.memo.get(key) or self.prepare(x, context)
+        if self.same_in_passes:
+            context.memo[key] = given
         states = [x]
-        for layer, kind in zip(self.layers, kinds, strict=True):
-            states.append(layer(states[-1], **arguments[kind], **{self.family.cache: cache}))
+        for layer, arguments in zip(self.layers, given, strict=True):
+            states.append(layer(states[-1], **arguments, **{self.family.cache: cache}))
         return states
+
+    def prepare(self, x: Tensor, context: Context) -> list[dict[str, Any]]:
+        """Return the arguments of each layer, besides input and cache; those of layers of one kind are the same."""
+        kinds = [layer_kind(self.backbone, self.first + i) for i in range(len(self.layers))]
+        made: dict[str, dict[str, Any]] = {}
+        for kind in set(kinds):
+            key = (self.causal, kind, x.dtype)
+            made[kind] = context.memo.get(key) or self.arguments(x, context, kind)
+            if self.same_in_passes:
+                context.memo[key] = made[kind]
+        return [made[kind] for kind in kinds]
 
     def arguments(self, x: Tensor, context: Context, kind: str) -> dict[str, Any]:
         """Return the arguments of the layers of a kind, besides input and cache."""
@@ -75,7 +102,7 @@ class TransformerStack(nn.Module):
             return {"mask": context.mask}
         arguments = {"attention_mask": self.attention_mask(x, context, kind)}
         if self.rotary is not None:
-            by_kind = (kind,) if rotary_by_kind(self.backbone) else ()
+            by_kind = (kind,) if self.turns_by_kind else ()
             arguments["position_ids"] = context.position_ids
             arguments["position_embeddings"] = self.rotary(x, context.position_ids, *by_kind)
         return arguments
@@ -274,6 +301,6 @@ class CrossAttention(nn.Module):
         return x + self.attention(self.norm(x), **arguments)[0]
 
 
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Apply dropout where p is above zero, which draws no random numbers otherwise."""
     return F.dropout(x, p, training) if p else x

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isqrt
 from typing import Any, NamedTuple, cast
 
@@ -99,7 +100,8 @@ class FeedbackLoop(nn.Module):
         self.connection = CONNECTIONS[config.feedback_connection](config)
         self.recursion = RECURSIONS[config.feedback_recursion]
         self.cell = self.recursion.cell(config)
-        self.initial_state = INITIAL_STATES[config.initial_state](config)
+        state = INITIAL_STATES[config.initial_state]
+        self.initial_state = None if state is None else state(config)
         ends = config.output_norm == "pass" and config.feedback_recursion != "hierarchical"  # which norms both latents
         self.norm = make_norm(config) if ends else nn.Identity()
         self.cross_attention = CrossAttention(config) if config.is_encoder_decoder else None
@@ -125,7 +127,8 @@ class FeedbackLoop(nn.Module):
         passes = self.num_passes(num_steps)
         self.check_trained(passes)
         self.check_opens()
-        if type(self.halting) is not halting_rule(self.config):
+        asked = self.config.halting
+        if (self.halting is not None or asked != "fixed") and type(self.halting) is not halting_rule(self.config):
             raise ValueError(
                 f"config.halting is {self.config.halting!r}, for which this model was not made: give it to "
                 "from_pretrained, or to the config before the model is made."
@@ -196,7 +199,9 @@ class FeedbackLoop(nn.Module):
             signal = torch.zeros_like(e)
         if self.training and self.config.feedback_noise and self.config.feedback_signal != "none":
             signal = signal + self.config.feedback_noise * torch.randn_like(signal)
-        x = dropout(self.connection(e, signal), self.config.dropout, self.training)
+        x = self.connection(e, signal)
+        if self.training:
+            x = dropout(x, self.config.dropout)
         return x if self.cross_attention is None else self.cross_attention(x, context)
 
     def step(
@@ -207,19 +212,16 @@ class FeedbackLoop(nn.Module):
         if self.config.feedback_axis == "time":
             return self.norm(self.cell(self.connect(e, signal, context), here)), None
 
-        def connect(signal: Tensor | None) -> Tensor:
-            return self.connect(e, signal, context)
-
+        connect = partial(self.connect, e, context=context)
         h, state = self.recursion.step(self.cell, self.config, connect, signal, state, here)
         return self.norm(h), state
 
     def begin(self, e: Tensor, context: Context, readout: Readout, start: FeedbackState | None) -> Pass | None:
         """Return what the first pass reads in place of a pass before it; None for zeros."""
         if start is None:
-            h = self.initial_state(e, context)
-            if h is None or self.config.feedback_signal != "state":
+            if self.initial_state is None or self.config.feedback_signal != "state":
                 return None
-            start = FeedbackState(h)
+            start = FeedbackState(self.initial_state(e, context))
         h, y, cell = start
         begun = Pass(h, cell, y)
         if self.config.feedback_signal == "output" and y is not None:
@@ -268,14 +270,17 @@ class FeedbackLoop(nn.Module):
             stop = min(number + (segment if number >= first else 1), passes)
             here = replace(context, running=progress.running) if stops and before is not None else context
             with torch.set_grad_enabled(grad and number >= first):
-                now = self.run_segment(e, before, here, readout, number, stop, passes, every_step)
+                run = self.one_pass if stop - number == 1 else self.run_segment
+                now = run(e, before, here, readout, number, stop, passes, every_step)
                 if progress is not None:
                     progress.num_steps = progress.num_steps + progress.running
                     logits = readout.predict(now.y) if reads_prediction else None
                     self.halting(progress, now.h, None if before is None else before.h, logits, stop == passes)
             made = [*made, now] if every_step else [now]
             number, steps = stop, steps + 1
-            done = (stops and not progress.running.any()) or self.converged(before, now, context)
+            done = stops and not progress.running.any()
+            if config.solver_tolerance is not None:
+                done = done or self.converged(before, now, context)
             if done and number < resume:
                 self.skip(now, context, number, resume)
                 number = resume
@@ -323,31 +328,39 @@ class FeedbackLoop(nn.Module):
         passes: int,
         wanted: bool,
     ) -> Pass:
-        """Run the passes from `start` to `stop` out of `passes`, and return the last one."""
-        if stop - start == 1:
-            return self.one_pass(e, before, context, readout, start, wanted, stop == passes)
+        """Run the passes from `start` to `stop` out of `passes` as one checkpoint, and return the last one."""
 
         def segment(before: Pass | None) -> Pass:
             for number in range(start, stop):
-                before = self.one_pass(e, before, context, readout, number, wanted, number == passes - 1)
+                before = self.one_pass(e, before, context, readout, number, number + 1, passes, wanted)
             return cast(Pass, before)
 
         return self.checkpoint(segment, context, before)
 
     def one_pass(
-        self, e: Tensor, before: Pass | None, context: Context, readout: Readout, number: int, wanted: bool, last: bool
+        self,
+        e: Tensor,
+        before: Pass | None,
+        context: Context,
+        readout: Readout,
+        number: int,
+        stop: int,
+        passes: int,
+        wanted: bool,
     ) -> Pass:
-        """Run the pass after `before`; `wanted` asks for its y."""
+        """Run the pass after `before`, the last one if `stop` is `passes`; `wanted` asks for its y."""
+        last = stop == passes
         config, by_output = self.config, self.config.feedback_signal == "output"
         shifted, state = (None, None) if before is None else (before.shifted, before.state)
         in_blocks, y = config.solver == "gauss_seidel", None
         if in_blocks:
             h, y, _ = self.sweep(e, shifted, context, readout, number, config.solver_block_size)
         else:
-            h, state = self.checkpoint(self.step, context, e, shifted, state, context, number)
+            step = partial(self.checkpoint, self.step, context) if self.gradient_checkpointing else self.step
+            h, state = step(e, shifted, state, context, number)
         if context.running is not None and before is not None:
             h = torch.where(context.running[..., None], h, before.h)
-        reads_prediction = self.stops and self.halting.reads_prediction
+        reads_prediction = self.halting is not None and self.stops and self.halting.reads_prediction
         if y is None and (reads_prediction or (not last and (wanted or by_output))):
             y = readout.decode(h, context.for_part("decoder", number))
         now = Pass(h, state, y)
@@ -360,7 +373,7 @@ class FeedbackLoop(nn.Module):
     def converged(self, before: Pass | None, now: Pass, context: Context) -> bool:
         """Return whether the last pass changed no signal by more than the tolerance."""
         tolerance = self.config.solver_tolerance
-        if tolerance is None or self.config.feedback_axis == "depth" or now.signal is None:
+        if self.config.feedback_axis == "depth" or now.signal is None:
             return False
         if before is None or before.signal is None:
             return False

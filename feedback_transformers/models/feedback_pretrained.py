@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -57,6 +56,8 @@ class FeedbackPreTrainedModel(PreTrainedModel):
     _is_stateful = True  # no feedback state can be taken back; set here, as transformers' own False hides a mixin's
     # Weights of checkpoints of 0.1.0 that have other names now. PEFT knows tied embeddings by the name `embed_tokens`.
     renamed: ClassVar[dict[str, str]] = {r"embeddings\.tokens\.": "embeddings.embed_tokens."}
+    # Called with a model, its folder and a repository before an upload: the package's writes the card.
+    before_upload: ClassVar[list[Callable[..., None]]] = []
     # Asked in turn for checkpoints of other kinds: they return a model, or None. The package adds to them.
     converters: ClassVar[list[Callable[..., Any]]] = []
     sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
@@ -137,13 +138,10 @@ class FeedbackPreTrainedModel(PreTrainedModel):
         finish_save(save_directory)
 
     def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload what push_to_hub saved, and remove the weights that it replaces from the repository.
-
-        A card goes along where this file is the package's own and not a checkpoint's.
-        """
+        """Upload what push_to_hub saved, and remove the weights that it replaces from the repository."""
         finish_save(working_dir)
-        if __name__.startswith("feedback_transformers."):
-            import_module("feedback_transformers.hub").complete_push(self, working_dir, repo_id)
+        for complete in FeedbackPreTrainedModel.before_upload:
+            complete(self, working_dir, repo_id)
         commit = super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
         api, revision = HfApi(token=kwargs.get("token")), commit.pr_revision or kwargs.get("revision")
         names = api.list_repo_files(repo_id, revision=revision)

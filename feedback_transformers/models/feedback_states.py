@@ -45,14 +45,14 @@ class FeedbackState(NamedTuple):
 
 
 class InitialState(nn.Module):
-    """Base of initial states: forward maps e [B, T, D] to h before the first pass, or None for zeros."""
+    """Base of initial states: forward maps e [B, T, D] to h before the first pass."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
         self.config = config
 
-    def forward(self, e: Tensor, context: Context) -> Tensor | None:
-        return None
+    def forward(self, e: Tensor, context: Context) -> Tensor:
+        raise NotImplementedError
 
 
 class FromInput(InitialState):
@@ -97,8 +97,8 @@ class Random(InitialState):
         return blocks.flatten(0, 1).to(e)[context.position_ids]
 
 
-INITIAL_STATES: dict[str, type[InitialState]] = {
-    "zeros": InitialState,
+INITIAL_STATES: dict[str, type[InitialState] | None] = {
+    "zeros": None,
     "input": FromInput,
     "learned": Learned,
     "random": Random,

@@ -101,6 +101,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
             whole = config.num_prefix_tokens * config.hidden_size
             self.prefixes = nn.Embedding(config.num_prefixes, config.prefix_size or whole)
         self.pooler: nn.Module | None = None
+        self.windows: Any = None  # as they were last checked
+        self.has_attention = config.has_attention
         if retrofitted:
             config.backbone_config.vocab_size = config.vocab_size  # the embeddings may have been resized
             self.take_over(base_class(config.backbone_config)(config.backbone_config))
@@ -273,7 +275,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if len(given) != 1:
             raise ValueError("Give exactly one of input_ids, inputs_embeds, pixel_values and past_values.")
         if past_key_values is None and not torch.compiler.is_compiling():  # once a text
-            check_windows(self.config)
+            self.check_windows()
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
@@ -309,7 +311,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         start = self.start_of(feedback_state, e, order, cache)
         looped = self.loop(e, context, readout, num_feedback_steps, every_step, start)
         if cache is not None:
-            cache.advance(context, keep_mask=self.config.has_attention)
+            cache.advance(context, keep_mask=self.has_attention)
+
+        def put_back(x: Tensor) -> Tensor:
+            return scatter(x, order)
 
         outputs = tuple(scatter(y, order)[:, -text:] for y in looped.outputs)
         hidden = None
@@ -323,7 +328,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order),
             halting_probabilities=looped.probabilities and tuple(scatter(p, order) for p in looped.probabilities),
             halting_loss=None if looped.halting_loss is None else scatter(looped.halting_loss, order),
-            feedback_state=None if looped.state is None else looped.state.map(lambda x: scatter(x, order)),
+            feedback_state=looped.state if order is None or looped.state is None else looped.state.map(put_back),
             halting_logits=looped.halting_logits,
         )
 
@@ -341,6 +346,14 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask.new_ones(batch, number), attention_mask], dim=1)
         return embedded, attention_mask
+
+    def check_windows(self) -> None:
+        """Check sliding windows anew where they were changed on this model."""
+        backbone = self.config.backbone_config
+        now = getattr(backbone, "sliding_window", None), getattr(backbone, "layer_types", None)
+        if now != self.windows:
+            check_windows(self.config)
+            self.windows = now
 
     @staticmethod
     def check_alone(**arguments: Any) -> None:
@@ -429,7 +442,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if batch == 0 or length == 0:
             raise ValueError("The input is empty: give at least one position.")
         longest = self.config.max_position_embeddings - self.first_position
-        if self.config.has_attention and offset + length > longest:
+        if self.has_attention and offset + length > longest:
             if self.positions is not None:
                 raise ValueError(
                     f"{offset + length} positions are more than max_position_embeddings ({longest}): shorten the "

@@ -99,7 +99,8 @@ class ModelTester:
         self.parent = parent
         self.base_model_class, self.causal_lm_class = parent.all_model_classes[:2]
         if self.causal_lm_class is FeedbackForCausalLM:  # the embeddings, e, h of each pass, and y
-            self.expected_num_hidden_layers = 3 + (parent.make_config().num_feedback_steps or 1)
+            config = parent.make_config()
+            self.expected_num_hidden_layers = 3 + (config.num_feedback_steps if config.in_passes else 1)
 
     def get_config(self):
         return self.parent.make_config()
