@@ -77,23 +77,20 @@ class TransformerStack(nn.Module):
     def states(self, x: Tensor, context: Context, cache: KeyValueSlots | None) -> list[Tensor]:
         """Return the input and the output of every layer, each [B, T, D]."""
         key = (self.causal, self.first, len(self.layers), x.dtype)
-        given = context.memo.get(key) or self.prepare(x, context)
-        if self.same_in_passes:
-            context.memo[key] = given
+        memo = context.memo if self.same_in_passes else {}
+        given = memo[key] = memo.get(key) or self.prepare(x, context, memo)
         states = [x]
         for layer, arguments in zip(self.layers, given, strict=True):
             states.append(layer(states[-1], **arguments, **{self.family.cache: cache}))
         return states
 
-    def prepare(self, x: Tensor, context: Context) -> list[dict[str, Any]]:
+    def prepare(self, x: Tensor, context: Context, memo: dict[Any, Any]) -> list[dict[str, Any]]:
         """Return the arguments of each layer, besides input and cache; those of layers of one kind are the same."""
         kinds = [layer_kind(self.backbone, self.first + i) for i in range(len(self.layers))]
         made: dict[str, dict[str, Any]] = {}
         for kind in set(kinds):
             key = (self.causal, kind, x.dtype)
-            made[kind] = context.memo.get(key) or self.arguments(x, context, kind)
-            if self.same_in_passes:
-                context.memo[key] = made[kind]
+            made[kind] = memo[key] = memo.get(key) or self.arguments(x, context, kind)
         return [made[kind] for kind in kinds]
 
     def arguments(self, x: Tensor, context: Context, kind: str) -> dict[str, Any]:
