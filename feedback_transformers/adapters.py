@@ -26,7 +26,7 @@ LINEAR = [
     *("c_attn", "c_proj", "c_fc"),  # GPT-2 layers
     *("qkv_proj", "gate_up_proj"),  # Phi-3
     *("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX
-    *("query", "key", "value"),  # BERT
+    *("query", "key", "value", "ffn", "ffn_output"),  # BERT, ALBERT
     *("input_proj", "state_proj"),  # GRU and LSTM
     "out_proj",  # behind convolutions, cross-attention
     "signal_proj",  # connections

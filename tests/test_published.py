@@ -18,6 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_examples import examples_on_path  # noqa: F401 - a fixture
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -295,6 +297,38 @@ def test_hrm_text_of_transformers(prefix):
     again = HrmTextForCausalLM(HrmTextConfig(**back_config)).eval()
     again.load_state_dict(back)
     assert torch.equal(again(ids, **types).logits, official(ids, **types).logits)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@torch.no_grad()
+def test_albert_of_transformers(layers, tmp_path):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    sizes |= {"embedding_size": 16, "num_hidden_layers": 5, "inner_group_num": layers, "max_position_embeddings": 40}
+    official, ids = filled(AlbertForMaskedLM(AlbertConfig(**sizes))), torch.arange(3, 21).view(2, 9)
+    ours = convert(official.config.to_dict(), official.state_dict()).eval()
+    types = (torch.arange(9) > 4).long().expand(2, 9)
+    expected = official(ids, token_type_ids=types).logits
+    assert_close(ours(ids, token_type_ids=types).logits, expected, 1e-5)
+    assert_close(ours(inputs_embeds=ours.get_input_embeddings()(ids), token_type_ids=types).logits, expected, 1e-5)
+    padded, mask = torch.cat([ids.new_zeros(2, 3), ids], dim=1), (torch.arange(12) >= 3).long().expand(2, 12)
+    kinds = torch.cat([types.new_zeros(2, 3), types], dim=1)
+    assert_close(ours(padded, attention_mask=mask, token_type_ids=kinds).logits[:, 3:], expected, 1e-5)
+    official.save_pretrained(tmp_path / "theirs")
+    FeedbackForMaskedLM.from_pretrained(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    loaded = FeedbackForMaskedLM.from_pretrained(tmp_path / "ours")
+    assert torch.equal(loaded(ids).logits, ours(ids).logits)
+    config, back = to_official(loaded, "albert")
+    again = AlbertForMaskedLM(AlbertConfig(**config)).eval()
+    assert set(again.load_state_dict(back, strict=False).missing_keys) == {
+        "predictions.decoder.weight",
+        "predictions.decoder.bias",
+    }
+    again.tie_weights()
+    assert torch.equal(again(ids).logits, official(ids).logits)
+    loaded.resize_token_embeddings(60)
+    assert loaded(ids).logits.shape == (2, 9, 60) and loaded.lm_head.bias.shape == (60,)
+    with pytest.raises(ValueError, match="asks for num_hidden_groups=2"):
+        FAMILIES["albert"].config({**official.config.to_dict(), "num_hidden_groups": 2})
 
 
 # Sizes without weights

@@ -15,12 +15,13 @@ from transformers import PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..models.configuration_feedback import FeedbackConfig
-from . import hrm_text, huginn, nanbeige, ouro, trm  # noqa: F401 - each enters its families
+from . import albert, hrm_text, huginn, nanbeige, ouro, trm  # noqa: F401 - each enters its families
 from .families import FAMILIES, Family, Official
 from .mapping import Weights, to_ours, to_theirs
 
 # model_type of a published config -> which family its weights are of
 TYPES: dict[str, Any] = {
+    "albert": lambda official, names: "albert",
     "ouro": lambda official, names: "ouro",
     "nanbeige": lambda official, names: "nanbeige",
     "hrm_text": lambda official, names: "hrm_text",
@@ -68,7 +69,7 @@ def convert(official: Official, weights: Weights, family: str | None = None, hea
     for name, weight in expected.items():
         if name not in ours and any(re.fullmatch(pattern, name) for pattern in kind.zeros):
             ours[name] = torch.zeros(weight.shape, dtype=next(iter(ours.values())).dtype)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    tied = {name for name in kind.tied if name in expected} if config.tie_word_embeddings else set()
     missing, unknown = expected.keys() - ours.keys() - tied, ours.keys() - expected.keys()
     if missing or unknown:
         which, name = ("lacks", min(missing)) if missing else ("has", min(unknown))
@@ -114,8 +115,8 @@ def to_official(model: Any, family: str) -> tuple[Official, Weights]:
                 f"A {family} has {name}={there!r}, and this model {here!r}, so it can't be written as one."
             )
     ours = {name: weight.detach() for name, weight in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        ours.pop("lm_head.weight", None)
+    for name in kind.tied if config.tie_word_embeddings else ():
+        ours.pop(name, None)
     for name in list(ours):
         if any(re.fullmatch(pattern, name) for pattern in kind.zeros):
             if ours[name].any():

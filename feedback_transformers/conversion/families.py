@@ -25,6 +25,7 @@ class Family(NamedTuple):
     head: str = "FeedbackForCausalLM"
     dropped: tuple[str, ...] = ()  # patterns of their weights that hold nothing learned
     zeros: tuple[str, ...] = ()  # patterns of our weights that they lack and that are zero
+    tied: tuple[str, ...] = ("lm_head.weight",)  # our weights that are others too, where embeddings are tied
     prefixes: tuple[str, ...] = ()  # that checkpoints may put before each name
 
 

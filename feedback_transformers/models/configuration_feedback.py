@@ -446,6 +446,9 @@ class FeedbackConfig(PreTrainedConfig):
         own = {theirs: getattr(self, ours) for theirs, ours in theirs_to_ours.items()}
         if model_type == "gpt2":
             own.update(attn_pdrop=self.dropout, resid_pdrop=self.dropout)
+        elif model_type == "albert":
+            own.update(attention_probs_dropout_prob=self.dropout, hidden_dropout_prob=self.dropout)
+            own.update(embedding_size=self.hidden_size, vocab_size=self.vocab_size)
         else:  # Qwen3's default head_dim is 128 for any hidden size
             own.update(attention_dropout=self.dropout, head_dim=self.hidden_size // self.num_attention_heads)
         layers = max(1, self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)

@@ -24,6 +24,10 @@ class Family(NamedTuple):
     dropout: str | None = None  # of the embeddings
     pooler: str | None = None
     cache: str = "past_key_values"  # name of a layer's argument
+    numbered: bool = True  # whether a layer is made with its number
+    embeddings: str | None = None  # class of embeddings of another width, with positions and types, and a norm
+    projection: str | None = None  # from that width to that of the layers
+    lm_head: str | None = None  # class of the readout over tokens
 
 
 GPT2 = Family(
@@ -50,6 +54,14 @@ BERT = Family(
     dropout="embeddings.dropout",
     pooler="pooler",
 )
+ALBERT = BERT._replace(
+    prefix="Albert",
+    layers="encoder.albert_layer_groups.0.albert_layers",
+    numbered=False,
+    embeddings="Embeddings",
+    projection="encoder.embedding_hidden_mapping_in",
+    lm_head="MLMHead",
+)
 BACKBONES: dict[str, Family] = {
     "llama": Family("Llama"),
     "qwen2": Family("Qwen2"),
@@ -65,6 +77,7 @@ BACKBONES: dict[str, Family] = {
     "gpt_neox": GPT_NEOX,
     "bert": BERT,
     "roberta": BERT._replace(prefix="Roberta"),
+    "albert": ALBERT,
 }
 
 

@@ -58,7 +58,8 @@ class TransformerStack(nn.Module):
             return
         if config.norm_placement == "family":
             layer = family_member(backbone.model_type, family.prefix + family.layer)
-            self.layers.extend(layer(backbone, layer_idx=i) for i in range(num_layers))
+            numbers = [{"layer_idx": i} if family.numbered else {} for i in range(num_layers)]
+            self.layers.extend(layer(backbone, **number) for number in numbers)
         else:
             self.layers.extend(Block(config, i) for i in range(num_layers))
         if family.rotary is not None:

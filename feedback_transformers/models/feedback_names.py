@@ -9,6 +9,7 @@ FEEDBACK_TYPES = ("mlp", *RECURRENT_TYPES, "conv", "transformer")
 DIAGONAL_TYPES = ("diagonal_gru", "min_gru")  # no channel reads another's state
 DECODER_TYPES = ("mlp", "rnn", "transformer")
 BACKBONE_TYPES = ("llama", "qwen2", "qwen3", "mistral", "olmo2", "hrm_text", "gpt2")
+BOTH_SIDES = ("albert",)  # layers of models that are not causal
 SPLIT_NORMS = ("llama", "qwen2", "qwen3", "mistral", "hrm_text")  # families whose attention and MLP stand alone
 BIDIRECTIONAL_TYPES = ("bert", "roberta")
 # A retrofit keeps the whole model, so its layers may differ from each other.
@@ -48,7 +49,7 @@ BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
     "gpt2": {"intermediate_size": "n_inner", "hidden_act": "activation_function", "num_key_value_heads": None},
     "gemma2": {"hidden_act": "hidden_activation"},
     "gemma3_text": {"hidden_act": "hidden_activation"},
-    **{name: {"num_key_value_heads": None} for name in ("gpt_neox", "hrm_text", *BIDIRECTIONAL_TYPES)},
+    **{name: {"num_key_value_heads": None} for name in ("gpt_neox", "hrm_text", "albert", *BIDIRECTIONAL_TYPES)},
 }
 # Fields of a backbone's config that do not describe its layers.
 NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id", "num_hidden_layers", "n_layer", "layer_types")
@@ -63,7 +64,7 @@ SHARED_WITH_BACKBONE = (
 )
 
 
-def model_type_of(backbone: Any, known: tuple[str, ...] = BACKBONE_TYPES) -> str:
+def model_type_of(backbone: Any, known: tuple[str, ...] = (*BACKBONE_TYPES, *BOTH_SIDES)) -> str:
     """Return the family that a backbone_config, as a dictionary, names; raise ValueError for unknown ones."""
     if not isinstance(backbone, dict) or not all(isinstance(name, str) for name in backbone):
         raise ValueError(

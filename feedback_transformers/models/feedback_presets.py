@@ -77,6 +77,15 @@ EXACT: dict[str, dict[str, Any]] = {
         "prefix_lm": True,
         "tie_word_embeddings": False,
     },
+    # ALBERT (Lan et al. 2020, arXiv:1909.11942): a BERT of one layer, twelve times.
+    "albert": {
+        **LOOPED,
+        "backbone_config": "albert",
+        "is_causal": False,
+        "output_norm": "none",
+        "num_feedback_layers": 1,
+        "num_feedback_steps": 12,
+    },
     # The Hierarchical Reasoning Model (Wang et al. 2025, arXiv:2506.21734).
     "hrm": {
         **PUZZLE,

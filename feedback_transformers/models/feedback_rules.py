@@ -395,6 +395,9 @@ def norms(config: Any) -> Iterator[str]:
             f"norm_placement={config.norm_placement!r} puts attention and MLP of a family together anew: use a "
             f"backbone_config of {', '.join(SPLIT_NORMS)} instead of {family}."
         )
+    if family in BOTH_SIDES:
+        what = f"A backbone_config of {family}, whose layers read both sides,"
+        yield from needs(config, what, is_causal=(False,), feedback_axis=("depth",), embedding_type=("tokens",))
     if config.token_mixer == "mlp":
         yield from needs(
             config, "token_mixer='mlp', which sees all positions,", is_causal=(False,), feedback_axis=("depth",)

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import PACKED, check_positions, check_types, named_arguments
-from .feedback_backbones import BACKBONES, attention_of, base_class
+from .feedback_backbones import BACKBONES, Family, attention_of, base_class, family_member
 from .feedback_cache import Context, FeedbackCache
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
@@ -81,6 +81,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         retrofitted = config.retrofitted_from is not None
         config.backbone_config._attn_implementation = attention_of(config, config._attn_implementation)
         self.embeddings = EMBEDDINGS[config.embedding_type](config)
+        family = BACKBONES[config.backbone_config.model_type]
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
         self.positions: nn.Module | None = None
         self.first_position = 0  # the row there of a text's first position; RoBERTa's come after that of padding
@@ -89,6 +90,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         self.token_types: nn.Module | None = None
         self.embedding_norm: nn.Module = nn.Identity()
         self.embedding_dropout: nn.Module = nn.Identity()
+        self.embedding_proj: nn.Module | None = None
+        self.embedding_size = config.hidden_size
+        if family.embeddings is not None and not retrofitted:
+            self.borrow_embeddings(family)
         encoder_causal = config.is_causal and not config.is_encoder_decoder
         self.encoder = ENCODERS[config.encoder_type](config, config.num_encoder_layers, encoder_causal)
         self.loop = FeedbackLoop(config)
@@ -107,6 +112,16 @@ class FeedbackModel(FeedbackPreTrainedModel):
             config.backbone_config.vocab_size = config.vocab_size  # the embeddings may have been resized
             self.take_over(base_class(config.backbone_config)(config.backbone_config))
         self.post_init()
+
+    def borrow_embeddings(self, family: Family) -> None:
+        """Build embeddings as a family has them: narrower than its layers, with positions and types, normed."""
+        backbone = self.config.backbone_config
+        backbone.vocab_size = self.config.vocab_size
+        parts = family_member(backbone.model_type, family.prefix + family.embeddings)(backbone)
+        self.embeddings.embed_tokens, self.positions = parts.word_embeddings, parts.position_embeddings
+        self.token_types, self.embedding_norm = parts.token_type_embeddings, parts.LayerNorm
+        self.embedding_dropout, self.embedding_size = parts.dropout, backbone.embedding_size
+        self.embedding_proj = nn.Linear(backbone.embedding_size, backbone.hidden_size)
 
     @staticmethod
     def norms_output(config: FeedbackConfig) -> bool:
@@ -158,7 +173,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if self.token_types is not None:
             types = torch.zeros_like(context.position_ids) if token_type_ids is None else token_type_ids
             embedded = embedded + self.token_types(types)
-        return self.embedding_dropout(self.embedding_norm(embedded))
+        embedded = self.embedding_dropout(self.embedding_norm(embedded))
+        return embedded if self.embedding_proj is None else self.embedding_proj(embedded)
 
     def encode(self, embedded: Tensor, context: Context) -> Tensor:
         """Return e [B, T, D], the encoded embeddings."""
@@ -424,10 +440,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if embedded.ndim != 3:
             raise ValueError(f"The input has {embedded.ndim - 1} dimensions; it must be [batch, positions].")
         batch, length, size = embedded.shape
-        if size != self.config.hidden_size:
-            raise ValueError(
-                f"inputs_embeds are {size} wide; this model takes {self.config.hidden_size}, its hidden_size."
-            )
+        if size != self.embedding_size:
+            raise ValueError(f"inputs_embeds are {size} wide; this model takes {self.embedding_size}.")
         if position_ids is not None and tuple(position_ids.shape) not in {(batch, length), (1, length)}:
             raise ValueError(
                 f"position_ids have the shape {[*position_ids.shape]} and the input {[batch, length]}: give a place "

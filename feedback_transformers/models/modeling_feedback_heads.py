@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 from transformers.utils import ModelOutput, logging
 
 from .configuration_feedback import FeedbackConfig
+from .feedback_backbones import BACKBONES, family_member
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
 from .feedback_objectives import check_classes, check_shape, row_means, token_loss, token_mean
@@ -217,8 +218,28 @@ class FeedbackLMHead(FeedbackHead):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        family = BACKBONES[config.backbone_config.model_type]
+        if family.lm_head is None or config.retrofitted_from is not None:
+            self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        else:
+            head = family_member(config.backbone_config.model_type, family.prefix + family.lm_head)
+            self.lm_head = head(config.backbone_config)
+            self._tied_weights_keys = {
+                "lm_head.decoder.weight": "model.embeddings.embed_tokens.weight",
+                "lm_head.decoder.bias": "lm_head.bias",
+            }
         self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the layer that has a row for each token."""
+        return getattr(self.lm_head, "decoder", self.lm_head)
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace what `get_output_embeddings` returns."""
+        if self.get_output_embeddings() is self.lm_head:
+            self.lm_head = new_embeddings
+        else:
+            self.lm_head.decoder, self.lm_head.bias = new_embeddings, cast(Any, new_embeddings.bias)
 
     def predict(self, y: Tensor) -> Tensor:
         logits, config = self.lm_head(y), self.config
