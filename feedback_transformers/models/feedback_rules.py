@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from .feedback_names import (
     BIDIRECTIONAL_TYPES,
+    BOTH_SIDES,
     CHOICES,
     DIAGONAL_TYPES,
     RECURRENT_TYPES,
