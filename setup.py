@@ -27,12 +27,14 @@ BENCH = ["feedback-transformer-pytorch>=0.0.11,<0.1", *MINGRU, "tiny-recursive-m
 DATA = ["datasets>=5.2,<6", "pillow>=10"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"]
 NOTEBOOKS = ["ipykernel>=7,<8", "jupytext>=1.19,<2", "nbmake>=1.5,<2"]
+GGUF = ["gguf>=0.19,<1"]
 ONNX = ["onnx>=1.23,<2", "onnxruntime>=1.32,<2", "onnxscript>=0.7,<0.8"]
 CHATS = ["trl>=1.16,<2"]
 DEV = [
     *DOCS,
     *NOTEBOOKS,
     *ONNX,
+    *GGUF,
     *CHATS,
     "parameterized>=0.9",  # of the test suites of transformers and PEFT
     *("build>=1.2", "mypy>=1.15", "ruff>=0.12"),
@@ -60,6 +62,7 @@ setup(
         "docs": DOCS,
         "notebooks": NOTEBOOKS,
         "onnx": ONNX,
+        "gguf": GGUF,
         "chats": CHATS,
         "bench": BENCH + FAST,
         "dev": TRAIN + FAST + MINGRU + QUANTIZATION + DEV,

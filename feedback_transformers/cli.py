@@ -47,7 +47,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="copy a model to a folder, with its code and a model card")
     export.add_argument("source", help="a folder, such as a checkpoint of Trainer, or a repository of the Hub")
-    export.add_argument("folder", type=Path, help="the folder to write; upload it with `hf upload`")
+    export.add_argument("folder", type=Path, help="the folder to write, or with --format gguf the file")
+    export.add_argument(
+        "--format",
+        choices=("checkpoint", "gguf"),
+        default="checkpoint",
+        help="gguf writes one file, for llama.cpp, of a model that computes a Nanbeige or an HRM-Text",
+    )
     export.set_defaults(run=run_export)
     card = commands.add_parser("card", help="write the model card (README.md and .eval_results) of a folder")
     card.add_argument("folder", type=Path, help="a folder with a feedback model")
@@ -143,6 +149,13 @@ def read_metrics(file: Path) -> dict[str, Any]:
 
 
 def run_export(args: argparse.Namespace) -> None:
+    if args.format == "gguf":
+        from .conversion.gguf import write_gguf
+
+        model = auto_class(load_config(args.source)).from_pretrained(args.source)
+        layout = write_gguf(model, args.folder, hub.processor_of(args.source))
+        print(f"{args.folder} holds {args.source} in the layout {layout} of llama.cpp, in float32.")
+        return
     said = sharing(args, Path(args.source), args.folder)
     model = auto_class(load_config(args.source)).from_pretrained(args.source)
     hub.export(model, args.folder, hub.processor_of(args.source), said.results, said.plots, **said.card)
