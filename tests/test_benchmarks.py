@@ -13,6 +13,7 @@ from benchmarks.retrofit import __main__ as retrofit
 from benchmarks.tasks import __main__ as tasks
 
 
+@pytest.mark.slow
 def test_train_and_evaluate():
     model, rows = training.build(), training.held_out(16, 4)
     before, steps = training.evaluate(model.eval(), rows)
@@ -96,6 +97,7 @@ def test_the_page_of_machines_shows_the_check_and_the_plan(capsys):
     assert len(printed) > 30 and all(row in page("guides/machines.md") for row in printed)
 
 
+@pytest.mark.slow
 def test_noise_hides_what_a_model_knows():
     model, rows = training.build(), training.held_out(16, 64)
     training.train(model, 40, 16, sampled=(1, 3))

@@ -46,7 +46,10 @@ def test_compiled_with_a_mask_equals_eager():
         assert_close(actual[mask.bool()], expected[mask.bool()], 1e-5)
 
 
-@pytest.mark.parametrize("halting", [pytest.param("converged", marks=pytest.mark.slow), "converged-prediction", "act"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("converged", "converged-prediction")]
+
+
+@pytest.mark.parametrize("halting", [*SLOW, "act"])
 def test_compiled_with_halting_equals_eager(halting):
     model, batch = build(**HALTING[halting], num_feedback_steps=5), tokens(2, 8)
     torch._dynamo.reset()

@@ -99,7 +99,7 @@ def compare(engine: str, names: list[str], alone, folder: Path) -> None:
 QUICK = {engine: ["depth"] for engine in ("ddp", "fsdp")}
 
 
-@pytest.mark.parametrize("engine", QUICK)
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(engine, alone, tmp_path):
     compare(engine, QUICK[engine], alone, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "depth")

@@ -7,7 +7,7 @@ import torch
 from conftest import PRESETS_MEMORY, assert_close, build, tiny, tokens
 from torch import nn
 
-from feedback_transformers.models.feedback_cache import Context, FeedbackCache
+from feedback_transformers.models.feedback_cache import Context, FeedbackCache, Slot
 from feedback_transformers.models.feedback_connections import CONNECTIONS
 from feedback_transformers.models.feedback_scan import (
     RECURRENCES,
@@ -207,7 +207,7 @@ def test_shared_memory_is_what_all_layers_read(family):
     nn.init.normal_(cell.layer_weights)
     with torch.no_grad():
         outputs = model(batch, use_cache=True)
-        memory = outputs.past_key_values.keys_values(("cell", 0, "memory"))
+        memory = outputs.past_key_values.keys_values(Slot("cell", 0, ("memory",)))
         assert memory[0].shape == (1, 4, 5, 8)
         merged = []
         for t in range(5):  # an independent pass: layers of their own, fed with the memory of before

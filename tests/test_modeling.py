@@ -129,7 +129,7 @@ for family in BACKBONE_TYPES:
             "feedback_axis": axis,
             "feedback_interval": 3 if axis == "time" else 1,
         }
-    if family != "gpt2":
+    if family in ("llama", "qwen3"):  # without and with norms of queries and keys
         VARIANTS[f"{family}-memory"] = {
             **PRESETS["feedback-transformer"],
             "backbone_config": {"model_type": family},

@@ -239,7 +239,6 @@ class FeedbackConfig(PreTrainedConfig):
         "hidden_states",
         "feedback_states",
         "num_feedback_steps",
-        "feedback_state",
         "halting_logits",
         "pooling_mask",
         "decoder_hidden_states",
@@ -453,6 +452,8 @@ class FeedbackConfig(PreTrainedConfig):
             own.update(attention_dropout=self.dropout, head_dim=self.hidden_size // self.num_attention_heads)
         layers = max(1, self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)
         own["n_layer" if model_type == "gpt2" else "num_hidden_layers"] = layers
+        if model_type == "hrm_text":
+            own["num_layers_per_stack"] = layers  # else it takes the number for a sum over all passes
         kinds = given.get("layer_types")
         if kinds and len(set(kinds)) == 1:
             own["layer_types"] = [kinds[0]] * layers

@@ -103,7 +103,7 @@ class FeedbackLoop(nn.Module):
         state = INITIAL_STATES[config.initial_state]
         self.initial_state = None if state is None else state(config)
         ends = config.output_norm == "pass" and config.feedback_recursion != "hierarchical"  # which norms both latents
-        self.norm = make_norm(config) if ends else nn.Identity()
+        self.norm = make_norm(config) if ends else None
         self.cross_attention = CrossAttention(config) if config.is_encoder_decoder else None
         rule = halting_rule(config)
         self.halting: Any = None if rule is type(None) else rule(config)
@@ -210,11 +210,12 @@ class FeedbackLoop(nn.Module):
         """Return f(c(e, φ), h') at all given positions, [B, T, D], and the new state."""
         here = context.for_part("cell", number)
         if self.config.feedback_axis == "time":
-            return self.norm(self.cell(self.connect(e, signal, context), here)), None
+            h, state = self.cell(self.connect(e, signal, context), here), None
+            return h if self.norm is None else self.norm(h), state
 
         connect = partial(self.connect, e, context=context)
         h, state = self.recursion.step(self.cell, self.config, connect, signal, state, here)
-        return self.norm(h), state
+        return h if self.norm is None else self.norm(h), state
 
     def begin(self, e: Tensor, context: Context, readout: Readout, start: FeedbackState | None) -> Pass | None:
         """Return what the first pass reads in place of a pass before it; None for zeros."""

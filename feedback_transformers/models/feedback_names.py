@@ -52,7 +52,15 @@ BACKBONE_NAMES: dict[str, dict[str, str | None]] = {
     **{name: {"num_key_value_heads": None} for name in ("gpt_neox", "hrm_text", "albert", *BIDIRECTIONAL_TYPES)},
 }
 # Fields of a backbone's config that do not describe its layers.
-NOT_OF_LAYERS = ("model_type", "vocab_size", "pad_token_id", "num_hidden_layers", "n_layer", "layer_types")
+NOT_OF_LAYERS = (
+    "model_type",
+    "vocab_size",
+    "pad_token_id",
+    "num_hidden_layers",
+    "num_layers_per_stack",
+    "n_layer",
+    "layer_types",
+)
 SHARED_WITH_BACKBONE = (
     "hidden_size",
     "intermediate_size",

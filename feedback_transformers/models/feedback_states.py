@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import ceil
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.utils import ModelOutput
+from typing_extensions import Self
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context
@@ -42,6 +44,22 @@ class FeedbackState(NamedTuple):
     def detach(self) -> FeedbackState:
         """Return the state without its gradient."""
         return self.map(torch.Tensor.detach)
+
+
+class StatefulOutput(ModelOutput):
+    """Base of outputs with the state after the last pass, which `feedback_state=` of another call goes on from.
+
+    The state is an attribute and no item, so that tuples, exports and Trainer's predictions are without it. Compiled
+    models return none.
+    """
+
+    feedback_state: ClassVar[Any] = None  # a FeedbackState of tensors [B, T, ...]
+
+    def with_state(self, state: FeedbackState | None) -> Self:
+        """Set the state, and return self."""
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "feedback_state", state)
+        return self
 
 
 class InitialState(nn.Module):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import PACKED, check_positions, check_types, named_arguments
@@ -28,7 +27,7 @@ from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
 from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
-from .feedback_states import FeedbackState
+from .feedback_states import FeedbackState, StatefulOutput
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
     from .modeling_feedback_image import FeedbackForImageClassification  # noqa: F401
@@ -40,7 +39,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class FeedbackModelOutput(ModelOutput):
+class FeedbackModelOutput(StatefulOutput):
     """
     Args:
         last_hidden_state: y [B, T, D] of the last step.
@@ -52,7 +51,6 @@ class FeedbackModelOutput(ModelOutput):
         num_feedback_steps: [B, T] passes that each position made, where `halting` or `solver_tolerance` may stop it.
         halting_probabilities: K of [B, T], of stopping after each pass, in training with learned halting.
         halting_loss: [B, T] what learned halting adds to the loss of each position, before its weight.
-        feedback_state: the state after the last pass, which `feedback_state=` of another call goes on from.
         halting_logits: [B, 2] of each answer, to stop there and to go on, with halting_scope="sequence".
     """
 
@@ -63,7 +61,6 @@ class FeedbackModelOutput(ModelOutput):
     num_feedback_steps: Tensor | None = None
     halting_probabilities: tuple[Tensor, ...] | None = None
     halting_loss: Tensor | None = None
-    feedback_state: FeedbackState | None = None
     halting_logits: tuple[Tensor, ...] | None = None
 
 
@@ -344,9 +341,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
             num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order),
             halting_probabilities=looped.probabilities and tuple(scatter(p, order) for p in looped.probabilities),
             halting_loss=None if looped.halting_loss is None else scatter(looped.halting_loss, order),
-            feedback_state=looped.state if order is None or looped.state is None else looped.state.map(put_back),
             halting_logits=looped.halting_logits,
-        )
+        ).with_state(looped.state if order is None or looped.state is None else looped.state.map(put_back))
 
     def with_prefix(
         self, embedded: Tensor, attention_mask: Tensor | None, prefix_ids: Tensor | None
@@ -441,7 +437,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError(f"The input has {embedded.ndim - 1} dimensions; it must be [batch, positions].")
         batch, length, size = embedded.shape
         if size != self.embedding_size:
-            raise ValueError(f"inputs_embeds are {size} wide; this model takes {self.embedding_size}.")
+            raise ValueError(
+                f"inputs_embeds are {size} wide; this model takes {self.embedding_size}, its "
+                f"{'hidden_size' if self.embedding_proj is None else 'embedding_size'}."
+            )
         if position_ids is not None and tuple(position_ids.shape) not in {(batch, length), (1, length)}:
             raise ValueError(
                 f"position_ids have the shape {[*position_ids.shape]} and the input {[batch, length]}: give a place "

@@ -13,26 +13,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import BACKBONES, family_member
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
 from .feedback_objectives import check_classes, check_shape, row_means, token_loss, token_mean
-from .feedback_states import FeedbackState
+from .feedback_states import StatefulOutput
 from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
 
 @dataclass
-class FeedbackOutput(ModelOutput):
+class FeedbackOutput(StatefulOutput):
     """
     Args:
         loss: [], where labels were given.
         logits: their shape is told by the head.
-        past_key_values, hidden_states, feedback_states, num_feedback_steps, feedback_state, halting_logits: as in
+        past_key_values, hidden_states, feedback_states, num_feedback_steps, halting_logits: as in
             FeedbackModelOutput.
         pooling_mask: [B, T], 1 where a classifier of texts pools, with `output_feedback_states=True`.
     """
@@ -44,7 +44,6 @@ class FeedbackOutput(ModelOutput):
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
     pooling_mask: Tensor | None = None
-    feedback_state: FeedbackState | None = None
     halting_logits: tuple[Tensor, ...] | None = None
 
 
@@ -289,9 +288,8 @@ class FeedbackLMHead(FeedbackHead):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
-            feedback_state=outputs.feedback_state,
             halting_logits=outputs.halting_logits,
-        )
+        ).with_state(outputs.feedback_state)
 
 
 class FeedbackClassifier(FeedbackHead):
@@ -437,7 +435,6 @@ class FeedbackClassifier(FeedbackHead):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
-            feedback_state=outputs.feedback_state,
             halting_logits=outputs.halting_logits,
             pooling_mask=None if outputs.feedback_states is None else mask,
-        )
+        ).with_state(outputs.feedback_state)

@@ -12,23 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput
 
 from .feedback_arguments import check_positions, named_arguments
 from .feedback_cache import FeedbackCache
 from .feedback_objectives import check_classes
-from .feedback_states import FeedbackState
+from .feedback_states import FeedbackState, StatefulOutput
 from .modeling_feedback import FeedbackModel
 from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead
 
 
 @dataclass
-class FeedbackSeq2SeqOutput(ModelOutput):
+class FeedbackSeq2SeqOutput(StatefulOutput):
     """
     Args:
         loss: [], where labels were given.
         logits: [B, T, V].
-        past_key_values, feedback_states, num_feedback_steps, feedback_state: as in FeedbackModelOutput, of the target.
+        past_key_values, feedback_states, num_feedback_steps: as in FeedbackModelOutput, of the target.
         decoder_hidden_states: as `hidden_states` of FeedbackModelOutput, of the target.
         encoder_last_hidden_state: [B, S, D], what the target attends to.
         encoder_hidden_states: the embeddings of the source and the encoder's output, each [B, S, D], with
@@ -43,7 +42,6 @@ class FeedbackSeq2SeqOutput(ModelOutput):
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
-    feedback_state: FeedbackState | None = None
 
     @property
     def hidden_states(self) -> tuple[Tensor, ...] | None:
@@ -181,8 +179,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
             encoder_hidden_states=encoder_outputs[1] if len(encoder_outputs) > 1 else None,
             feedback_states=read.feedback_states,
             num_feedback_steps=read.num_feedback_steps,
-            feedback_state=read.feedback_state,
-        )
+        ).with_state(read.feedback_state)
 
 
 def first_label(labels: Tensor) -> Tensor:

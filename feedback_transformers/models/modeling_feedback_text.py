@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import named_arguments
@@ -26,7 +25,7 @@ from .feedback_objectives import (
     token_mean,
     warn_of_padding,
 )
-from .feedback_states import FeedbackState
+from .feedback_states import FeedbackState, StatefulOutput
 from .modeling_feedback_heads import FeedbackClassifier, FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
 
 # Trainer's label smoothing looks here for the models whose labels it has to shift. This file travels with checkpoints.
@@ -253,18 +252,17 @@ class FeedbackForTokenClassification(FeedbackClassifier):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
-            feedback_state=outputs.feedback_state,
             halting_logits=outputs.halting_logits,
-        )
+        ).with_state(outputs.feedback_state)
 
 
 @dataclass
-class FeedbackQuestionAnsweringOutput(ModelOutput):
+class FeedbackQuestionAnsweringOutput(StatefulOutput):
     """
     Args:
         loss: [], where both positions were given.
         start_logits, end_logits: [B, T].
-        hidden_states, feedback_states, num_feedback_steps, feedback_state, halting_logits: as in FeedbackModelOutput.
+        hidden_states, feedback_states, num_feedback_steps, halting_logits: as in FeedbackModelOutput.
     """
 
     loss: Tensor | None = None
@@ -273,7 +271,6 @@ class FeedbackQuestionAnsweringOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
-    feedback_state: FeedbackState | None = None
     halting_logits: tuple[Tensor, ...] | None = None
 
 
@@ -348,6 +345,5 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
-            feedback_state=outputs.feedback_state,
             halting_logits=outputs.halting_logits,
-        )
+        ).with_state(outputs.feedback_state)
