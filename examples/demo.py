@@ -32,8 +32,8 @@ SMOKE = {"output_dir": "runs/smoke/demo", "threads": 1}
 @dataclass
 class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "For everything that is written."})
-    train_steps: int = field(default=450, metadata={"help": "Training steps of each language model."})
-    lora_steps: int = field(default=100, metadata={"help": "Training steps of the adapter."})
+    train_steps: int = field(default=350, metadata={"help": "Training steps of each language model."})
+    lora_steps: int = field(default=80, metadata={"help": "Training steps of the adapter."})
     epochs: float = field(default=1, metadata={"help": "Epochs of the classifier."})
     threads: int | None = field(default=None, metadata={"help": "Threads of PyTorch; it decides by default."})
     seed: int = field(default=0, metadata={"help": "Of everything random."})
