@@ -94,10 +94,10 @@ def at_most(name: str, against: str, target: float, measured: tuple[float, dict[
     return Result(name, against, f"{1 / figure:.2f}x its time", f"<= {target:g}x", 1 / figure <= target, details)
 
 
-def run(names: list[str], threads: int = 2) -> list[Result]:
-    """Run the cases, print a table in markdown, and append to results/speed-<machine>-<date>.jsonl."""
+def run(names: list[str], threads: int = 2, kind: str = "speed") -> list[Result]:
+    """Run the cases, print a table in markdown, and append to results/<kind>-<machine>-<date>.jsonl."""
     results = []
-    path = RESULTS / f"speed-{machine()}-{date.today().isoformat()}.jsonl"
+    path = RESULTS / f"{kind}-{machine()}-{date.today().isoformat()}.jsonl"
     print("| case | against | measured | target | |\n|---|---|---|---|---|")
     for name in names:
         check, function = CASES[name]
