@@ -486,3 +486,21 @@ def test_a_script_trains_a_published_folder(kind, tmp_path, examples_on_path):  
     script.main([word for key, value in arguments.items() for word in (f"--{key}", str(value))] + ["--smoke"])
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(trained) is FeedbackForCausalLM and trained.config.feedback_connection == "replace"
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, "rope_parameters"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "mistral", "sliding_window": 4}, "model_type"),
+    ],
+)
+def test_layers_that_a_layout_cannot_tell_are_not_written(changed, what):
+    model = FeedbackForCausalLM(
+        FeedbackConfig.preset(
+            "nanbeige", vocab_size=20, hidden_size=32, backbone_config={"model_type": "llama", **changed}
+        )
+    )
+    with pytest.raises(ValueError, match=f"The layers of a nanbeige have {what}="):
+        to_official(model, "nanbeige")

@@ -114,6 +114,10 @@ def to_official(model: Any, family: str) -> tuple[Official, Weights]:
             raise ValueError(
                 f"A {family} has {name}={there!r}, and this model {here!r}, so it can't be written as one."
             )
+    for name in COMPARED_LAYERS:
+        here, there = (getattr(each.backbone_config, name, None) for each in (config, again))
+        if here != there:
+            raise ValueError(f"The layers of a {family} have {name}={there!r}, and those of this model {here!r}.")
     ours = {name: weight.detach() for name, weight in model.state_dict().items()}
     for name in kind.tied if config.tie_word_embeddings else ():
         ours.pop(name, None)
@@ -131,7 +135,18 @@ COMPARED = (
     *("num_encoder_layers", "num_feedback_layers", "num_decoder_layers", "feedback_type", "feedback_axis"),
     *("feedback_connection", "connection_norm", "feedback_signal", "feedback_recursion", "num_low_steps"),
     *("share_levels", "initial_state", "norm_placement", "norm_weights", "norm_eps", "output_norm", "token_mixer"),
-    *("embedding_scale", "is_causal", "prefix_lm", "num_prefix_tokens", "tie_word_embeddings"),
+    *("halting", "embedding_scale", "is_causal", "prefix_lm", "num_prefix_tokens", "tie_word_embeddings"),
+)
+
+
+COMPARED_LAYERS = (
+    "model_type",
+    "head_dim",
+    "rope_parameters",
+    "sliding_window",
+    "attention_bias",
+    "mlp_bias",
+    "hidden_act",
 )
 
 

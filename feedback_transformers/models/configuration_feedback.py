@@ -334,7 +334,7 @@ class FeedbackConfig(PreTrainedConfig):
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "FeedbackConfig":
-        """Return the config of a preset, a small architecture in the spirit of a published one (see PRESETS).
+        """Return the config of a preset, a small architecture that computes a published one or is in its spirit.
 
         `fields` override its own. Raises ValueError for an unknown name.
         """
