@@ -48,6 +48,6 @@ def loader(config: type, head: Any) -> type:
     """Return a class that an Auto class takes for the model of this config, and whose models are of class `head`."""
 
     def from_pretrained(cls: Any, name: Any, *args: Any, config: Any = None, **options: Any) -> Any:
-        return head.from_pretrained(name, *args, **options)
+        return head.from_pretrained(name, *args, config=config, **options)
 
     return type(head.__name__, (), {"config_class": config, "from_pretrained": classmethod(from_pretrained)})

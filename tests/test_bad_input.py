@@ -23,6 +23,23 @@ from feedback_transformers.models import modeling_feedback
 from feedback_transformers.models.feedback_names import CHOICES
 
 CONFIGS = [
+    ({"feedback_connection": "replace"}, "needs initial_state='input'"),
+    (
+        {"feedback_connection": "replace", "initial_state": "input", "feedback_signal": "output"},
+        "needs feedback_signal=",
+    ),
+    ({"halting": "select", "halting_scope": "sequence"}, "needs is_causal=False"),
+    ({"prefix_lm": True, "feedback_axis": "time"}, "needs feedback_axis='depth'"),
+    (
+        {"prefix_lm": True, "backbone_config": {"model_type": "mistral", "sliding_window": 4}},
+        "not go with a sliding_window",
+    ),
+    ({"supervision_interval": 2, "num_feedback_steps": 3}, "must be a multiple of supervision_interval"),
+    ({"initial_state": "learned", "feedback_signal": "output"}, "needs feedback_signal='state' or 'none'"),
+    ({"token_mixer": "mlp"}, "needs is_causal=False"),
+    ({"norm_placement": "post", "backbone_config": "gpt2"}, "use a backbone_config of llama"),
+    ({"feedback_recursion": "refinement", "feedback_connection": "sum"}, "set initial_state='learned'"),
+    ({"num_prefix_tokens": 2}, "num_prefix_tokens needs is_causal=False"),
     ({"format_version": 3}, "upgrade feedback_transformers"),
     ({"backbone_config": {"model_type": "bert"}}, "Unknown backbone 'bert'; choose one of llama"),
     ({"hidden_act": "nope"}, "Unknown hidden_act 'nope'; choose rrelu or one of"),

@@ -108,6 +108,7 @@ def test_exported_with_a_mask_takes_other_sizes(head):
     assert_close(actual, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_exported_forecast_takes_other_batches():
     model = build(FeedbackForTimeSeriesPrediction, **HEADS[FeedbackForTimeSeriesPrediction])
     sizes = {"past_values": {0: torch.export.Dim("batch", max=64)}}

@@ -115,6 +115,7 @@ def test_all_cases(engine, alone, tmp_path):
 # Streams
 
 
+@pytest.mark.slow
 def test_streams_have_no_repeats_and_no_gaps(tmp_path):
     launch(tmp_path, "stream", "dispatched", "sharded", "split")
     rows = list(worker.texts(worker.STREAMED)[0]["input_ids"])

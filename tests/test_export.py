@@ -120,6 +120,7 @@ def test_a_walk_over_an_open_length_is_refused(fields):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_shared_memory_in_one_graph_equals_eager():
     model, batch = build(**MEMORY), tokens(1, 4)
     torch._dynamo.reset()

@@ -22,7 +22,11 @@ assert torch.equal(model(ids).logits, again(ids).logits)
 def test_what_the_server_prints_is_enough_to_push_and_pull(tmp_path):
     root = Path(__file__).parents[1]
     server = subprocess.Popen(
-        [sys.executable, str(root / "tests" / "hub_server.py")], cwd=root, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(root / "tests" / "hub_server.py")],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
     )
     try:
         said = ""

@@ -23,6 +23,8 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
     HrmTextConfig,
     HrmTextForCausalLM,
     LlamaConfig,
@@ -504,3 +506,21 @@ def test_layers_that_a_layout_cannot_tell_are_not_written(changed, what):
     )
     with pytest.raises(ValueError, match=f"The layers of a nanbeige have {what}="):
         to_official(model, "nanbeige")
+
+
+def test_auto_classes_pass_on_what_is_asked(tmp_path):
+    write(tmp_path, "ouro")
+    GenerationConfig(temperature=0.7, do_sample=True, eos_token_id=[3, 4]).save_pretrained(tmp_path)
+    auto = AutoModelForSequenceClassification
+    assert auto.from_pretrained(tmp_path, num_labels=5).num_labels == 5
+    assert FeedbackForSequenceClassification.from_pretrained(tmp_path, num_labels=5).num_labels == 5
+    names = {0: "bad", 1: "so-so", 2: "good"}
+    assert auto.from_pretrained(tmp_path, id2label=names).config.id2label == names
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, total_ut_steps=2, dtype=torch.bfloat16)
+    assert model.config.num_feedback_steps == 2 and model.dtype == torch.bfloat16
+    assert model.generation_config.temperature == 0.7 and model.generation_config.eos_token_id == [3, 4]
+    model, info = FeedbackForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, backbone_config={"attention_dropout": 0.1}, halting_threshold=0.5
+    )
+    assert not any(info.values()) and model.config.backbone_config.attention_dropout == 0.1
+    assert model.config.halting_threshold == 0.5

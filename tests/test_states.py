@@ -162,3 +162,37 @@ def test_trainer_takes_models_that_return_a_state(tmp_path):
     trainer = Trainer(model, arguments, train_dataset=dataset(), eval_dataset=dataset(4))
     trainer.train()
     assert trainer.predict(dataset(4)).predictions.shape == (4, 16, 50)
+
+
+def test_padding_is_no_part_of_a_prompt():
+    """Whatever type it is given."""
+    model, ids = build(prefix_lm=True), tokens(2, 8)
+    with torch.no_grad():
+        alone = model(ids, token_type_ids=torch.ones_like(ids)).logits
+        padded, mask = torch.cat([ids.new_zeros(2, 3), ids], dim=1), (torch.arange(11) >= 3).long().expand(2, 11)
+        left = model(padded, attention_mask=mask, token_type_ids=torch.ones_like(padded)).logits[:, 3:]
+    assert_close(left, alone, 1e-5)
+    cache = model(ids, token_type_ids=torch.ones_like(ids), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="token_type_ids of 1 are of a prompt, which is read in one call"):
+        model(ids, token_type_ids=torch.ones_like(ids), past_key_values=cache)
+
+
+def test_a_mixer_takes_no_longer_text_than_it_was_made_for():
+    fields = {"token_mixer": "mlp", "norm_placement": "post", "is_causal": False, "max_position_embeddings": 4}
+    with pytest.raises(ValueError, match="6 positions are more than the MLP over positions takes, 4"):
+        build(FeedbackForMaskedLM, **fields)(tokens(2, 6))
+
+
+@pytest.mark.parametrize("halting", ["learned", "act"])
+def test_prefixes_go_with_halting(halting):
+    model = build(FeedbackForMaskedLM, is_causal=False, num_prefix_tokens=2, halting=halting).train()
+    outputs = model(tokens(), labels=tokens())
+    outputs.loss.backward()
+    assert outputs.num_feedback_steps.shape == (2, 13)
+
+
+def test_a_shared_memory_is_no_state():
+    model = build(feedback_connection="memory", feedback_axis="time", solver="jacobi")
+    state = model(tokens(), use_cache=False).feedback_state
+    with pytest.raises(ValueError, match="holds no memory of past positions"):
+        model(tokens(), feedback_state=state, use_cache=False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..models.configuration_feedback import FeedbackConfig
@@ -80,10 +81,16 @@ def convert(official: Official, weights: Weights, family: str | None = None, hea
         ours.pop(name, None)
     if cls is not heads[kind.head]:
         ours = {name: weight for name, weight in ours.items() if name.startswith("model.")}
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")
     options.setdefault("dtype", next(iter(ours.values())).dtype)
-    for name in list(options):
-        if hasattr(config, name) and name != "dtype":
-            setattr(config, name, options.pop(name))
+    fields = {name: options.pop(name) for name in list(options) if name != "dtype" and hasattr(config, name)}
+    if "num_labels" in fields:
+        fields["id2label"] = {i: f"LABEL_{i}" for i in range(fields.pop("num_labels"))}
+    if isinstance(fields.get("backbone_config"), dict):
+        fields["backbone_config"] = {**config.backbone_config.to_dict(), **fields["backbone_config"]}
+    if fields:
+        config = FeedbackConfig.from_dict({**config.to_dict(), **fields})
     return cls.from_pretrained(None, config=config, state_dict=ours, **options)
 
 
@@ -136,6 +143,8 @@ COMPARED = (
     *("feedback_connection", "connection_norm", "feedback_signal", "feedback_recursion", "num_low_steps"),
     *("share_levels", "initial_state", "norm_placement", "norm_weights", "norm_eps", "output_norm", "token_mixer"),
     *("halting", "embedding_scale", "is_causal", "prefix_lm", "num_prefix_tokens", "tie_word_embeddings"),
+    *("num_feedback_steps", "supervision_interval", "halting_scope", "initial_state_scale", "shared_step_cache"),
+    *("mixer_size", "num_prefixes", "encoder_type", "decoder_type", "feedback_interval"),
 )
 
 
@@ -192,7 +201,7 @@ def puzzle_folder(folder: Path) -> tuple[Official, Weights]:
 
 def is_published(config: dict[str, Any]) -> bool:
     """Return whether a config is a published one that loads here."""
-    return config.get("model_type") in TYPES
+    return config.get("model_type") in TYPES or "puzzle_emb_ndim" in config
 
 
 def convert_checkpoint(cls: Any, name: Any, **options: Any) -> Any:
@@ -200,7 +209,8 @@ def convert_checkpoint(cls: Any, name: Any, **options: Any) -> Any:
 
     `FeedbackPreTrainedModel.from_pretrained` asks this first.
     """
-    if name is None or isinstance(options.get("config"), FeedbackConfig):
+    given = options.get("config")
+    if name is None or isinstance(given, FeedbackConfig):
         return None
     downloads = {key: value for key, value in options.items() if key in DOWNLOADS}
     folder = Path(str(name))
@@ -210,6 +220,14 @@ def convert_checkpoint(cls: Any, name: Any, **options: Any) -> Any:
             return None
     official, weights = load_official(name, **downloads)
     kept = {key: value for key, value in options.items() if key not in (*DOWNLOADS, "config", "trust_remote_code")}
-    model = convert(official, weights, head=cls, **kept)
+    if isinstance(given, PreTrainedConfig):  # which may have been changed since it was read
+        official = {**official, **given.to_dict()}
+        if given.id2label and given.id2label != {0: "LABEL_0", 1: "LABEL_1"}:
+            kept.setdefault("id2label", given.id2label)
+    loaded = convert(official, weights, head=cls, **kept)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.config._name_or_path = str(name)
-    return model
+    if model.can_generate():
+        with suppress(OSError):  # where there is none
+            model.generation_config = GenerationConfig.from_pretrained(name, **downloads)
+    return loaded

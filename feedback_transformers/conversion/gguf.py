@@ -44,9 +44,12 @@ def write_gguf(model: Any, path: str | Path, tokenizer: Any = None) -> str:
         except (AttributeError, TypeError, KeyError) as error:
             refusals.append(f"Its layers are not those of {layout}: {error}.")
             continue
+        rope = official.get("rope_parameters") or {}
+        if official["hidden_act"] != "silu" or rope.get("rope_type", "default") != "default":
+            raise ValueError("llama.cpp runs these layers with hidden_act='silu' and plain rotary positions only.")
         writer = gguf.GGUFWriter(str(path), layout)
         describe(writer, layout, official)
-        describe_tokenizer(writer, tokenizer)
+        describe_tokenizer(writer, tokenizer, official["vocab_size"])
         for name, tensor in tensors(layout, official, weights):
             writer.add_tensor(name, tensor.detach().float().contiguous().numpy())
         writer.write_header_to_file()
@@ -110,8 +113,8 @@ def tensors(layout: str, official: Official, weights: Weights) -> Iterator[tuple
                 yield f"blk.{number * count + layer}.{theirs}.weight", weight
 
 
-def describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
-    """Write a byte-level BPE; of other tokenizers nothing but that there is none."""
+def describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, size: int) -> None:
+    """Write a byte-level BPE, filled up to the rows of the model; of other tokenizers that there is none."""
     model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
     state = {} if model is None else json.loads(tokenizer.backend_tokenizer.to_str())
     before = state.get("pre_tokenizer") or {}
@@ -120,11 +123,13 @@ def describe_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
         return
     vocabulary = {**state["model"]["vocab"], **{each["content"]: each["id"] for each in state["added_tokens"]}}
     special = {each["content"] for each in state["added_tokens"]}
-    ordered = sorted(vocabulary, key=vocabulary.__getitem__)
+    by_id = {number: token for token, number in vocabulary.items()}
+    ordered = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(ordered)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in ordered])
+    kinds = {True: gguf.TokenType.CONTROL, False: gguf.TokenType.NORMAL}
+    writer.add_token_types([kinds[t in special] if t in vocabulary else gguf.TokenType.UNUSED for t in ordered])
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in state["model"]["merges"]])
     for name in ("bos", "eos", "unk", "pad"):
         if (token := getattr(tokenizer, f"{name}_token_id")) is not None:

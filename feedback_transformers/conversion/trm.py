@@ -85,6 +85,8 @@ def config_of(kind: str) -> Any:
     def config(official: Official) -> FeedbackConfig:
         mixes = bool(official.get("mlp_t"))
         refuse(official, pos_encodings="none" if mixes else "rope")
+        if kind == "hrm":
+            refuse(official, H_layers=official["L_layers"])
         size, length = official["hidden_size"], official["seq_len"] + prefix_length(official)
         backbone = {
             "model_type": "llama",
@@ -105,8 +107,8 @@ def config_of(kind: str) -> Any:
             num_feedback_steps=official["H_cycles"] * official["halt_max_steps"],
             supervision_interval=official["H_cycles"],
             num_prefix_tokens=prefix_length(official),
-            num_prefixes=official["num_puzzle_identifiers"],
-            prefix_size=official["puzzle_emb_ndim"],
+            num_prefixes=official["num_puzzle_identifiers"] if prefix_length(official) else 1,
+            prefix_size=official["puzzle_emb_ndim"] or None,
             embedding_scale=sqrt(size),
             **mixer,
         )

@@ -363,7 +363,9 @@ def haltings(config: Any) -> Iterator[str]:
         yield f"halting={halting!r} with a decoder in the loop needs decoder_type='mlp' or 'transformer'."
     if learned and config.halting_measure != "state":
         yield f"halting={halting!r} reads the state; halting_measure='prediction' is for 'converged'."
-    if config.halting_scope == "sequence":
+    if halting == "select" and config.halting_scope == "sequence":
+        what = "halting_scope='sequence', where the first position speaks for all,"
+        yield from needs(config, what, is_causal=(False,), feedback_axis=("depth",))
         return  # its exits are trained by what they answer, and not by the weights of passes
     if learned and (config.gradient_steps is not None or config.supervision != "last"):
         why = {"act": "reads the mean of all passes"}.get(halting, "weighs the loss of every pass itself")
@@ -384,9 +386,21 @@ def recursions(config: Any) -> Iterator[str]:
     if kind == "refinement" and state == "zeros":
         yield "feedback_recursion='refinement' thinks over a latent that is there: set initial_state='learned'."
     if state != "zeros":
-        yield from needs(config, f"initial_state={state!r}", feedback_axis=("depth",))
+        yield from needs(
+            config, f"initial_state={state!r}", feedback_axis=("depth",), feedback_signal=("state", "none")
+        )
+    if config.feedback_connection == "replace" and config.feedback_signal != "none" and not config.is_encoder_decoder:
+        what = "feedback_connection='replace', by which the input enters as the first state alone,"
+        yield from needs(
+            config, what, initial_state=("input",), feedback_axis=("depth",), feedback_signal=("state", "none")
+        )
     if config.supervision_interval > 1:
         yield from needs(config, "supervision_interval, which counts passes,", feedback_axis=("depth",))
+        if config.num_feedback_steps % config.supervision_interval:
+            yield (
+                f"num_feedback_steps ({config.num_feedback_steps}) must be a multiple of supervision_interval "
+                f"({config.supervision_interval}): the last pass gives an answer."
+            )
 
 
 def norms(config: Any) -> Iterator[str]:
@@ -399,6 +413,9 @@ def norms(config: Any) -> Iterator[str]:
     if family in BOTH_SIDES:
         what = f"A backbone_config of {family}, whose layers read both sides,"
         yield from needs(config, what, is_causal=(False,), feedback_axis=("depth",), embedding_type=("tokens",))
+        if config.backbone_config.embedding_size != config.hidden_size:
+            what = "An embedding_size other than hidden_size"
+            yield from needs(config, what, feedback_signal=("state", "none"), num_prefix_tokens=(0,))
     if config.token_mixer == "mlp":
         yield from needs(
             config, "token_mixer='mlp', which sees all positions,", is_causal=(False,), feedback_axis=("depth",)
@@ -415,6 +432,11 @@ def norms(config: Any) -> Iterator[str]:
 
 
 def prefixes(config: Any) -> Iterator[str]:
+    if config.prefix_lm:
+        what = "prefix_lm, by which a prompt sees itself on both sides,"
+        yield from needs(config, what, is_causal=(True,), feedback_axis=("depth",))
+        if getattr(config.backbone_config, "sliding_window", None) is not None:
+            yield "prefix_lm does not go with a sliding_window in backbone_config: leave one of them out."
     if not config.num_prefix_tokens:
         return
     whole_prefix = config.num_prefix_tokens * config.hidden_size

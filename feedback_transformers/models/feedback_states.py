@@ -6,14 +6,11 @@ Shapes: B batch, T positions, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import ceil
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.utils import ModelOutput
-from typing_extensions import Self
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context
@@ -44,22 +41,6 @@ class FeedbackState(NamedTuple):
     def detach(self) -> FeedbackState:
         """Return the state without its gradient."""
         return self.map(torch.Tensor.detach)
-
-
-class StatefulOutput(ModelOutput):
-    """Base of outputs with the state after the last pass, which `feedback_state=` of another call goes on from.
-
-    The state is an attribute and no item, so that tuples, exports and Trainer's predictions are without it. Compiled
-    models return none.
-    """
-
-    feedback_state: ClassVar[Any] = None  # a FeedbackState of tensors [B, T, ...]
-
-    def with_state(self, state: FeedbackState | None) -> Self:
-        """Set the state, and return self."""
-        if not torch.compiler.is_compiling():
-            object.__setattr__(self, "feedback_state", state)
-        return self
 
 
 class InitialState(nn.Module):
@@ -107,12 +88,12 @@ class Random(InitialState):
             return torch.zeros_like(e)
         if self.training:
             return nn.init.trunc_normal_(torch.empty_like(e), std=scale, a=-3 * scale, b=3 * scale)
-        last = int(context.position_ids.max()) + 1
-        blocks = torch.empty(ceil(last / BLOCK), BLOCK, e.shape[-1])
-        for number, block in enumerate(blocks):
+        needed, index = (context.position_ids.cpu() // BLOCK).unique(return_inverse=True)
+        blocks = torch.empty(len(needed), BLOCK, e.shape[-1], device="cpu")  # the same on every device
+        for number, block in zip(needed.tolist(), blocks, strict=True):
             generator = torch.Generator().manual_seed(self.config.initial_state_seed + number)
             nn.init.trunc_normal_(block, std=scale, a=-3 * scale, b=3 * scale, generator=generator)
-        return blocks.flatten(0, 1).to(e)[context.position_ids]
+        return blocks[index, context.position_ids.cpu() % BLOCK].to(e)
 
 
 INITIAL_STATES: dict[str, type[InitialState] | None] = {

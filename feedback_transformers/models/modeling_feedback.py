@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, logging
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.utils import ModelOutput
+from typing_extensions import Self
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import PACKED, check_positions, check_types, named_arguments
@@ -27,7 +29,7 @@ from .feedback_loop import FeedbackLoop, Readout
 from .feedback_padding import first_real, gather, scatter
 from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
-from .feedback_states import FeedbackState, StatefulOutput
+from .feedback_states import FeedbackState
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
     from .modeling_feedback_image import FeedbackForImageClassification  # noqa: F401
@@ -36,6 +38,22 @@ if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkp
     from .modeling_feedback_text import FeedbackForCausalLM  # noqa: F401
 
 logger = logging.get_logger(__name__)
+
+
+class StatefulOutput(ModelOutput):
+    """Base of outputs with the state after the last pass, which `feedback_state=` of another call goes on from.
+
+    The state is an attribute and no item, so that tuples, exports and Trainer's predictions are without it. Compiled
+    models return none.
+    """
+
+    feedback_state: ClassVar[Any] = None  # a FeedbackState of tensors [B, T, ...]
+
+    def with_state(self, state: FeedbackState | None) -> Self:
+        """Set the state, and return self."""
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "feedback_state", state)
+        return self
 
 
 @dataclass
@@ -311,7 +329,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
         check_types(token_type_ids, embedded, self.token_types is not None or prefix_lm)
         kinds = token_type_ids if token_type_ids is None or order is None else token_type_ids.gather(1, order)
         if prefix_lm and kinds is not None:
-            context.blocks = torch.where(kinds == 1, 0, -1)
+            if cache is not None and cache.length > 0 and not torch.compiler.is_compiling() and (kinds == 1).any():
+                raise ValueError(
+                    "token_type_ids of 1 are of a prompt, which is read in one call: give 0 behind past_key_values."
+                )
+            prompt = kinds == 1 if context.mask is None else (kinds == 1) & context.mask
+            context.blocks = torch.where(prompt, 0, -1)
         embedded = self.place(gather(embedded, order), context, kinds)
         e = embedded if self.config.is_encoder_decoder else self.encode(embedded, context)
 
@@ -338,9 +361,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
             past_key_values=cache,
             hidden_states=hidden,
             feedback_states=outputs if len(outputs) > 1 or every_step else None,
-            num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order),
-            halting_probabilities=looped.probabilities and tuple(scatter(p, order) for p in looped.probabilities),
-            halting_loss=None if looped.halting_loss is None else scatter(looped.halting_loss, order),
+            num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order)[:, -text:],
+            halting_probabilities=looped.probabilities
+            and tuple(scatter(p, order)[:, -text:] for p in looped.probabilities),
+            halting_loss=None if looped.halting_loss is None else scatter(looped.halting_loss, order)[:, -text:],
             halting_logits=looped.halting_logits,
         ).with_state(looped.state if order is None or looped.state is None else looped.state.map(put_back))
 
@@ -381,6 +405,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
             return None
         if not self.config.in_passes:
             raise ValueError("feedback_state is of passes, and this model goes position by position: use its cache.")
+        if self.config.feedback_connection == "memory":
+            raise ValueError(
+                "feedback_state holds no memory of past positions, which feedback_connection='memory' reads."
+            )
         if cache is not None:
             raise ValueError(
                 "feedback_state goes on with the passes of a text, of which a cache would miss the first ones: set "
@@ -455,6 +483,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if batch == 0 or length == 0:
             raise ValueError("The input is empty: give at least one position.")
         longest = self.config.max_position_embeddings - self.first_position
+        if self.config.token_mixer == "mlp" and length > longest:
+            raise ValueError(
+                f"{length} positions are more than the MLP over positions takes, {longest}: shorten the input."
+            )
         if self.has_attention and offset + length > longest:
             if self.positions is not None:
                 raise ValueError(

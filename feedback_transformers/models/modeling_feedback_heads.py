@@ -20,8 +20,7 @@ from .feedback_backbones import BACKBONES, family_member
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
 from .feedback_objectives import check_classes, check_shape, row_means, token_loss, token_mean
-from .feedback_states import StatefulOutput
-from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel
+from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel, StatefulOutput
 
 logger = logging.get_logger(__name__)
 
@@ -64,10 +63,11 @@ class FeedbackHead(FeedbackPreTrainedModel):
             if given != value:
                 head = type(self).__name__
                 raise ValueError(f"{head} needs {name}={value!r}, not {given!r}: set it in the config.")
-        if config.halting == "learned" and not self.learns_to_halt:
+        weighs = config.halting == "learned" or (config.halting == "select" and config.halting_scope == "position")
+        if weighs and not self.learns_to_halt:
             raise ValueError(
-                f"halting='learned' weighs a loss over classes, which a {type(self).__name__} of this config has not: "
-                "use 'act'."
+                f"halting={config.halting!r} weighs a loss over classes, which a {type(self).__name__} of this config "
+                "has not: use 'act'."
             )
         self.model = FeedbackModel(config)
 
@@ -104,7 +104,11 @@ class FeedbackHead(FeedbackPreTrainedModel):
         config = self.config
         if supervised and self.training and config.supervision == "all":
             inputs["output_feedback_states"] = True
-        if not supervised and self.training and (config.supervision == "all" or config.halting in ("learned", "act")):
+        if (
+            not supervised
+            and self.training
+            and (config.supervision == "all" or config.halting in ("learned", "act", "select"))
+        ):
             logger.warning_once(
                 "No labels in training, as under Trainer's label smoothing: a loss that is taken outside of the model "
                 "reads its last pass alone, and teaches neither halting nor earlier passes."

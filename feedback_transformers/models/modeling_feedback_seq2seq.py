@@ -16,8 +16,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from .feedback_arguments import check_positions, named_arguments
 from .feedback_cache import FeedbackCache
 from .feedback_objectives import check_classes
-from .feedback_states import FeedbackState, StatefulOutput
-from .modeling_feedback import FeedbackModel
+from .feedback_states import FeedbackState
+from .modeling_feedback import FeedbackModel, StatefulOutput
 from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead
 
 
