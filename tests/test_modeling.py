@@ -137,7 +137,7 @@ for family in BACKBONE_TYPES:
         }
 for variant in VARIANTS.values():
     if variant.get("is_causal") is False:
-        variant["is_causal"] = True
+        variant |= {"is_causal": True, "halting": "fixed", "halting_scope": "position"}
     if variant.get("supervision_interval", 1) > 1:
         variant |= {"supervision_interval": 2, "num_feedback_steps": 4, "num_low_steps": 2}
 each_variant = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
