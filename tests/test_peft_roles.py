@@ -61,12 +61,9 @@ def test_tied_embeddings_are_treated_as_those_of_llama(ensure):
             warnings.simplefilter("always")
             adapted = get_peft_model(model, config).eval()
             layers = [name.split(".")[-1] for name, part in adapted.named_modules() if hasattr(part, "base_layer")]
-            logits = adapted(input_ids=tokens()).logits
-            merged = adapted.merge_and_unload()
+            adapted.merge_and_unload()  # which warns too
         warned = sorted({str(each.message).split(".")[0] for each in given if "tie" in str(each.message)})
         seen.append((sorted(layers), warned))
-        same = torch.allclose(merged(tokens()).logits, logits, atol=1e-3)
-        assert same or not ensure or merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     assert seen[0] == seen[1]
     assert seen[0][0] == (["embed_tokens", "lm_head"] if ensure else ["embed_tokens"])
 

@@ -215,6 +215,13 @@ def test_a_slip_is_seen(change):
     assert difference.abs().max() > 1e-4
 
 
+def test_a_start_at_the_input_is_written_back():
+    config, weights, _ = recorded("retrofit_llama")
+    model = convert({**config, "initial_state_mode": "embed-init"}, weights)
+    assert model.config.initial_state == "input"
+    assert to_official(model, "retrofitted_llama")[0]["initial_state_mode"] == "embed-init"
+
+
 def test_a_missing_and_an_unknown_weight_are_named():
     config, weights, _ = recorded("ouro")
     fewer = {key: weight for key, weight in weights.items() if key != "model.norm.weight"}

@@ -177,6 +177,21 @@ def test_padding_is_no_part_of_a_prompt():
         model(ids, token_type_ids=torch.ones_like(ids), past_key_values=cache)
 
 
+def test_what_is_written_is_no_part_of_the_prompt():
+    """Token by token, each text read anew with types of its own."""
+    model, prompt = build(prefix_lm=True), tokens(2, 6)
+    text = prompt
+    with torch.no_grad():
+        for _ in range(6):
+            types = (torch.arange(text.shape[1]) < 6).long().expand_as(text)
+            text = torch.cat(
+                [text, model(text, token_type_ids=types, use_cache=False).logits[:, -1:].argmax(-1)], dim=1
+            )
+    for use_cache in (True, False):
+        asked = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "use_cache": use_cache}
+        assert torch.equal(model.generate(prompt, token_type_ids=torch.ones_like(prompt), **asked), text)
+
+
 def test_a_mixer_takes_no_longer_text_than_it_was_made_for():
     fields = {"token_mixer": "mlp", "norm_placement": "post", "is_causal": False, "max_position_embeddings": 4}
     with pytest.raises(ValueError, match="6 positions are more than the MLP over positions takes, 4"):

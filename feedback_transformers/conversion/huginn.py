@@ -160,6 +160,7 @@ def official_of(kind: str) -> Any:
             "mean_backprop_depth": config.gradient_steps,
             "injection_type": "linear",
             "state_init": "like-init",
+            "initial_state_mode": "embed-init" if config.initial_state == "input" else "random",
             **{name: getattr(config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
         }
 

@@ -198,7 +198,7 @@ class FeedbackConfig(PreTrainedConfig):
         halting_measure: change that `"converged"` compares: of the `"state"`, relative to its length, or of the
             `"prediction"`, as the Kullback-Leibler divergence between two passes in nats.
         halting_threshold: change, or probability, at which a position stops; `None` takes 0.05 for `"converged"`, 0.5
-            for `"learned"` and 0.99 for `"act"`.
+            for `"learned"`, 0.99 for `"act"` and 1 for `"select"`, and lets no whole sequence stop.
         halting_prior: prior probability to stop at each pass, for `"learned"` and `"select"`; 0.2 expects about 5
             passes, and `None` takes all passes for equally likely, which rewards the entropy of the exits (Ouro).
         halting_weight: weight in the loss of the divergence from the prior (`"learned"`) or of a pass (`"act"`).

@@ -28,8 +28,8 @@ class LowState(NamedTuple):
     low: Tensor  # [B, T, D]
 
 
-class Recursion(nn.Module):
-    """Base of recursions: one cell, which reads c(e, φ)."""
+class Recursion:
+    """One latent: the cell reads c(e, φ). Base of the others."""
 
     @staticmethod
     def cell(config: FeedbackConfig) -> nn.Module:
@@ -51,9 +51,9 @@ class Levels(nn.Module):
         super().__init__()
         self.low = make_cell(config)
         self.high = None if config.share_levels else make_cell(config)
-        ends = config.output_norm == "pass"
-        self.low_norm = make_norm(config) if ends else nn.Identity()
-        self.high_norm = make_norm(config) if ends and not config.share_levels else None
+        end = make_norm if config.output_norm == "pass" else nn.Identity
+        self.low_norm = end(config)
+        self.high_norm = None if config.share_levels else end(config)
         self.low_state = nn.Parameter(torch.empty(config.hidden_size))
 
     def init_parameters(self) -> None:
@@ -65,9 +65,9 @@ class Levels(nn.Module):
 
     def answer(self, x: Tensor, context: Context) -> Tensor:
         """Run the stack of the slow latent."""
-        if self.high is None:
+        if self.high is None or self.high_norm is None:
             return self.think(x, context)
-        return (self.high_norm or nn.Identity())(self.high(x, context))
+        return self.high_norm(self.high(x, context))
 
 
 class Hierarchical(Recursion):

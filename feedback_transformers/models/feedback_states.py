@@ -51,6 +51,7 @@ class InitialState(nn.Module):
         self.config = config
 
     def forward(self, e: Tensor, context: Context) -> Tensor:
+        """Return h [B, T, D] at the positions of a context."""
         raise NotImplementedError
 
 

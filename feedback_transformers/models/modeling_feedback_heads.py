@@ -175,6 +175,13 @@ class FeedbackGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
         """Leave the positions to the model: it counts the real ones, also where a text goes on behind padding."""
 
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Give a written token the type 0 where 1 is of the prompt; transformers repeats the last type."""
+        model_kwargs = super()._update_model_kwargs_for_generation(*args, **kwargs)
+        if self.config.prefix_lm and (types := model_kwargs.get("token_type_ids")) is not None:
+            model_kwargs["token_type_ids"] = torch.cat([types[:, :-1], torch.zeros_like(types[:, -1:])], dim=1)
+        return model_kwargs
+
     def _prefill(self, input_ids: Any, generation_config: Any, model_kwargs: Any, *args: Any, **kwargs: Any) -> Any:
         """Reject a cache that has read the whole prompt: nothing would be left to predict from."""
         cache, given = model_kwargs.get("past_key_values"), model_kwargs.get("inputs_embeds")
