@@ -128,7 +128,9 @@ def cases(draw: st.DrawFn) -> tuple[Any, dict[str, Any], bool]:
     given |= {"max_position_embeddings": 64, "pad_token_id": 0, "initializer_range": 0.5, "num_feedback_steps": 2}
     if draw(st.integers(0, 3)) == 0:
         given |= PRESETS[draw(st.sampled_from(list(PRESETS)))]
-        given["num_feedback_layers"] = 1
+        # Fewer layers and passes: random weights that no norm bounds leave float32's range after some hundred steps.
+        given |= {"num_feedback_layers": 1, "num_feedback_steps": 2}
+        given |= {"num_low_steps": 2} if "num_low_steps" in given else {}
     given |= HEADS[head]
     for name in draw(st.lists(st.sampled_from(list(SENSIBLE)), max_size=12, unique=True)):
         if name not in HEADS[head]:
