@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import feedback_transformers
-from feedback_transformers.training import MuonAdamW
+from feedback_transformers.training import AverageWeights, CarryState, MuonAdamW
 
 from .models import Settings, build
 
@@ -40,6 +40,8 @@ TRAINING: Settings = {
     "warmup": 0.05,  # as a share of the steps
     "clip": 1.0,
     "sampled": None,  # (fewest, most) feedback steps, drawn anew at every training step
+    "answers": None,  # with a number, deep supervision: a training step makes one answer and goes on from the last
+    "average": None,  # decay of an average of the weights, which is evaluated
     "easy": 0.1,  # a batch with a smaller loss raises the level of difficulty by the stride,
     "hard": 0.5,  # and one with a larger loss lowers it;
     "stride": 0.02,
@@ -121,8 +123,9 @@ class Task:
         torch.set_num_threads(1)
         torch.manual_seed(seed)
         network, settings, start = self.build(model), self.settings(model, steps, smoke), time.time()
+        cpu = time.process_time()
         self.fit(network, settings["training"], seed, f"{self.name}, {model}, seed {seed}")
-        trained = time.time()
+        trained, cpu = time.time(), time.process_time() - cpu
         with torch.no_grad():
             score = self.evaluate(network.eval(), settings["evaluation"])
         return {
@@ -134,6 +137,7 @@ class Task:
             "curve": score.curve,
             "seconds": round(time.time() - start),
             "seconds_of_training": round(trained - start),
+            "cpu_seconds_of_training": round(cpu),
             "load": os.getloadavg()[0],
             "threads": 1,
             "machine": platform.machine(),
@@ -148,6 +152,10 @@ class Task:
         generator = torch.Generator().manual_seed(1000 + seed)
         optimizer, total = make_optimizer(network, training), training["steps"]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, training["warmup"]))
+        carry = CarryState(training["answers"]) if training["answers"] else None
+        average = AverageWeights(training["average"]) if training["average"] else None
+        for callback in filter(None, (carry, average)):
+            callback.attach(network)
         progress, level = tqdm(range(total), desc=title, mininterval=10), 0.0
         for step in progress:
             start, end = training["forced"]
@@ -161,10 +169,16 @@ class Task:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
+            if average is not None:
+                average.update()
             level += training["stride"] * ((loss.item() < training["easy"]) - (loss.item() > training["hard"]))
             level = min(1.0, max(0.0, level))
             if step % 50 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}", level=f"{level:.2f}", refresh=False)
+        if carry is not None:
+            carry.release()
+        if average is not None:
+            average.swap_in()
 
     # Results
 
@@ -174,7 +188,9 @@ class Task:
 
     def finished(self) -> Runs:
         """Return the runs with the present settings; those with others, and of fewer steps, do not count."""
-        lines = map(json.loads, self.file.read_text().splitlines() if self.file.exists() else [])
+        lines = [*map(json.loads, self.file.read_text().splitlines() if self.file.exists() else [])]
+        for line in lines:  # of before there were these
+            line["settings"]["training"] = {"answers": None, "average": None, **line["settings"]["training"]}
         now = {model: json.loads(json.dumps(self.settings(model))) for model in self.models}
         return Runs([line for line in lines if line["settings"] == now.get(line["model"])])
 

@@ -15,9 +15,13 @@ import random
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from feedback_transformers.models.feedback_recursions import LowState
+from feedback_transformers.models.feedback_states import FeedbackState
 
 from .models import Settings
 from .runner import IGNORED, TEST_SEED, Batch, Runs, Score, Task
@@ -169,6 +173,67 @@ def evaluate(side: int, network: nn.Module, settings: Settings) -> Score:
     return Score({"cells": 100 * torch.cat(cells).float().mean().item(), "grids": shares[-1].item()}, curve)
 
 
+def answers(network: nn.Module, inputs: Tensor, count: int, state: FeedbackState | None = None) -> tuple[Tensor, Any]:
+    """Return the predictions of `count` answers, [answers, B, T], and the logits of being right, [answers, B]."""
+    passes = count * network.config.supervision_interval
+    given = {"num_feedback_steps": passes, "output_feedback_states": True, "feedback_state": state}
+    output = network(input_ids=inputs, **given)
+    made = torch.stack([logits.argmax(-1) for logits in network.step_logits(output)])
+    q = torch.stack([q[:, 0] for q in output.halting_logits]) if output.halting_logits else None
+    return made[network.config.supervision_interval - 1 :: network.config.supervision_interval], q
+
+
+def random_start(network: nn.Module, inputs: Tensor, generator: torch.Generator) -> FeedbackState:
+    """Draw latents as the initial ones are drawn before training: normal, cut at two standard deviations."""
+    shape = (*inputs.shape, network.config.hidden_size)
+    h, low = (nn.init.trunc_normal_(torch.empty(shape), generator=generator) for _ in range(2))
+    hierarchical = network.config.feedback_recursion == "hierarchical"
+    return FeedbackState(h, None, LowState(low) if hierarchical else None)
+
+
+def evaluate_recursion(network: nn.Module, settings: Settings) -> Score:
+    """Return per cents right after the trained answers and after more, and with the surest of several random starts.
+
+    The curve shows whole grids by answer.
+    """
+    boards, solved = puzzles(9)[1]
+    batch = ask(Batch(boards[: settings["puzzles"]], solved[: settings["puzzles"]]))
+    asked = batch.labels != IGNORED
+    if network.config.feedback_signal == "none":
+        right = torch.cat([(network(input_ids=x).logits.argmax(-1)) for x in batch.inputs.split(64)]) == batch.labels
+        grids = 100 * (right | ~asked).all(1).float().mean().item()
+        return Score({"cells": 100 * right[asked].float().mean().item(), "grids": grids}, {"1": grids})
+    trained = network.config.num_feedback_steps // network.config.supervision_interval
+    made = torch.cat([answers(network, x, settings["answers"])[0] for x in batch.inputs.split(64)], dim=1)
+    right = made == batch.labels
+    shares = 100 * (right | ~asked).all(-1).float().mean(1)
+    metrics = {
+        "cells": 100 * right[trained - 1][asked].float().mean().item(),
+        "grids": shares[trained - 1].item(),
+        f"grids, {settings['answers']} answers": shares[-1].item(),
+    }
+    few, generator = settings["puzzles of starts"], torch.Generator().manual_seed(TEST_SEED)
+    inputs, labels = batch.inputs[:few], batch.labels[:few]
+    tries = []
+    for _ in range(settings["starts"]):
+        parts = [
+            answers(network, x, settings["answers of a start"], random_start(network, x, generator))
+            for x in inputs.split(64)
+        ]
+        tries.append((torch.cat([a[-1] for a, _ in parts]), torch.cat([q[-1] for _, q in parts])))
+    surest = torch.stack([q for _, q in tries]).argmax(0)
+    chosen = torch.stack([a for a, _ in tries])[surest, torch.arange(len(surest))]
+
+    def solved_share(predictions: Tensor) -> float:
+        return 100 * ((predictions == labels) | (labels == IGNORED)).all(1).float().mean().item()
+
+    metrics |= {
+        "grids, a random start": solved_share(tries[0][0]),
+        f"grids, surest of {settings['starts']}": solved_share(chosen),
+    }
+    return Score(metrics, {str(i): share for i, share in enumerate(shares.tolist(), start=1)})
+
+
 def compare_gradients(runs: Runs) -> dict[str, bool]:
     models = ("full-recursion", "last-4", "one-step", "control")
     full, last, one, control = (runs.mean(model, "grids") for model in models)
@@ -186,6 +251,20 @@ def report_grids(runs: Runs) -> dict[str, bool]:
     return {
         f"3 seeds of feedback: {runs.values('feedback', 'grids')}": len(runs.of("feedback")) >= 3,
         "grids: feedback above its control": grids > control,
+    }
+
+
+def report_recursion(runs: Runs) -> dict[str, bool]:
+    def minutes(model: str) -> list[float]:
+        return [line["cpu_seconds_of_training"] / 60 for line in runs.of(model)]
+
+    return {
+        f"trm: at least 80 % of grids on each of three seeds: {runs.values('trm', 'grids')}": runs.reached(
+            "trm", "grids", 80
+        ),
+        f"trm: at most 60 minutes of one core a seed: {[round(m) for m in minutes('trm')]}": bool(minutes("trm"))
+        and max(minutes("trm")) <= 60,
+        "trm above its 8-layer control": runs.mean("trm", "grids") > runs.mean("8-layers", "grids"),
     }
 
 
@@ -248,6 +327,48 @@ def small(side: int) -> Task:
     )
 
 
+def recursion(preset: str, **fields: object) -> Settings:
+    """Return a Tiny Recursive Model with MLPs over the cells, as in the paper's best on Sudoku, and its training."""
+    return {
+        "kind": "feedback",
+        "fields": {
+            "preset": preset,
+            "hidden_size": 96,
+            "intermediate_size": 192,
+            "num_attention_heads": 4,
+            "token_mixer": "mlp",
+            "embedding_scale": 96**0.5,
+            "num_low_steps": 2,
+            "supervision_interval": 1,
+            "num_feedback_steps": 8,
+            "pad_token_id": None,
+            **fields,
+        },
+        "training": {"answers": 8},
+    }
+
+
+CONTROL: Settings = {
+    "kind": "feedback",
+    "fields": {
+        **{k: v for k, v in recursion("trm")["fields"].items() if k not in ("preset", "num_low_steps")},
+        "feedback_axis": "depth",
+        "feedback_type": "transformer",
+        "feedback_signal": "none",
+        "feedback_connection": "sum",
+        "connection_norm": False,
+        "is_causal": False,
+        "norm_placement": "post",
+        "norm_weights": False,
+        "output_norm": "none",
+        "num_feedback_steps": 1,
+        "num_encoder_layers": 0,
+        "num_feedback_layers": 8,
+        "decoder_type": "mlp",
+        "num_decoder_layers": 0,
+    },
+}
+
 TASKS = (
     small(4),
     small(6),
@@ -272,6 +393,37 @@ TASKS = (
         training={**MUON, "steps": 3000, "batch": 32},
         columns=("cells", "grids"),
         x_label="passes",
+        y_label="whole grids right, %",
+    ),
+    Task(
+        name="sudoku-trm",
+        title="Sudoku 9×9, the Tiny Recursive Model's recursion and training: per cent of cells and of whole grids",
+        num_tokens=10,
+        num_labels=9,
+        num_positions=81,
+        train=partial(train, 9),
+        evaluate=evaluate_recursion,
+        models={"trm": recursion("trm"), "trm-singlez": recursion("trm-singlez"), "8-layers": CONTROL},
+        checks=report_recursion,
+        evaluation={
+            "puzzles": 1500,
+            "answers": 32,
+            "puzzles of starts": 500,
+            "starts": 8,
+            "answers of a start": 16,
+        },
+        smoke={"puzzles": 4, "answers": 9, "puzzles of starts": 4, "starts": 2, "answers of a start": 2},
+        training={
+            "optimizer": "muon",
+            "muon_lr": 0.02,
+            "lr": 3e-3,
+            "weight_decay": 0.1,
+            "steps": 2000,
+            "batch": 64,
+            "average": 0.99,
+        },
+        columns=("cells", "grids", "grids, 32 answers", "grids, a random start", "grids, surest of 8"),
+        x_label="answers",
         y_label="whole grids right, %",
     ),
 )

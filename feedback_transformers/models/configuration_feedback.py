@@ -201,7 +201,8 @@ class FeedbackConfig(PreTrainedConfig):
             for `"learned"`, 0.99 for `"act"` and 1 for `"select"`, and lets no whole sequence stop.
         halting_prior: prior probability to stop at each pass, for `"learned"` and `"select"`; 0.2 expects about 5
             passes, and `None` takes all passes for equally likely, which rewards the entropy of the exits (Ouro).
-        halting_weight: weight in the loss of the divergence from the prior (`"learned"`) or of a pass (`"act"`).
+        halting_weight: weight in the loss of the divergence from the prior (`"learned"`, `"select"`), of a pass
+            (`"act"`), or of the prediction whether a whole sequence is right.
         tie_word_embeddings: whether the readout shares the weights of the token embeddings.
         share_encoder_decoder: whether the encoder's layers are the decoder's too.
         shared_step_cache: whether all passes in depth share one cache of keys and values, which holds those of the

@@ -217,12 +217,17 @@ class FeedbackLoop(nn.Module):
         h, state = self.recursion.step(self.cell, self.config, connect, signal, state, here)
         return h if self.norm is None else self.norm(h), state
 
+    def initial(self, e: Tensor, context: Context) -> FeedbackState:
+        """Return the state before the first pass over e."""
+        h = torch.zeros_like(e) if self.initial_state is None else self.initial_state(e, context)
+        return FeedbackState(h, None, self.recursion.first(self.cell, e))
+
     def begin(self, e: Tensor, context: Context, readout: Readout, start: FeedbackState | None) -> Pass | None:
         """Return what the first pass reads in place of a pass before it; None for zeros."""
         if start is None:
             if self.initial_state is None or self.config.feedback_signal != "state":
                 return None
-            start = FeedbackState(self.initial_state(e, context))
+            start = self.initial(e, context)
         h, y, cell = start
         begun = Pass(h, cell, y)
         if self.config.feedback_signal == "output" and y is not None:

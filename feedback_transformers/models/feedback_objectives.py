@@ -1,8 +1,12 @@
-"""Losses over targets, and checks of labels. Shapes: B batch, T positions, V vocabulary, L labels."""
+"""Objectives: how the losses of the passes add up; losses over targets, and checks of labels.
+
+Shapes: B batch, T positions, D hidden size, V vocabulary, L labels.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +16,63 @@ from transformers.utils import logging
 from .feedback_padding import behind_padding
 
 logger = logging.get_logger(__name__)
+
+
+class Losses(NamedTuple):
+    """What a head says of an answer y [B, T, D], for objectives to put together."""
+
+    mean: Callable[[Tensor], Tensor]  # y -> []
+    weighted: Callable[[Tensor, Tensor], Tensor] | None = None  # y, p [B, T] -> [], each position weighted by p
+    over_targets: Callable[[Tensor], Tensor] = torch.mean  # x [B, T] -> [], the mean where the loss counts
+    right: Callable[[Tensor], Tensor] | None = None  # y -> [B], whether all of a row is predicted right
+
+
+def total_loss(config: Any, losses: Losses, outputs: Any, training: bool) -> Tensor:
+    """Return the loss of a call: that of its supervised answers, and what halting adds.
+
+    Args:
+        outputs: a FeedbackModelOutput.
+    """
+    if outputs.halting_probabilities is not None and losses.weighted is not None:
+        total = expected_loss(losses, outputs)
+    else:
+        answers = supervised_answers(config, outputs, training)
+        total = torch.stack([losses.mean(y) for y in answers]).mean()
+        if training and outputs.halting_logits is not None and losses.right is not None:
+            total = total + config.halting_weight * stopping_loss(losses.right, answers, outputs.halting_logits)
+    if outputs.halting_loss is not None:
+        total = total + config.halting_weight * losses.over_targets(outputs.halting_loss)
+    return total
+
+
+def expected_loss(losses: Losses, outputs: Any) -> Tensor:
+    """Return Σ_k p_k L_k, the loss at the pass where a position stops (PonderNet; Ouro)."""
+    states = outputs.feedback_states or (outputs.last_hidden_state,)
+    steps = zip(states, outputs.halting_probabilities, strict=True)
+    return torch.stack([losses.weighted(y, p) for y, p in steps]).sum()  # type: ignore[misc]
+
+
+def supervised_answers(config: Any, outputs: Any, training: bool) -> tuple[Tensor, ...]:
+    """Return the last y; with supervision="all" in training, those of all answers that carry a gradient."""
+    if not training or config.supervision != "all" or outputs.feedback_states is None:
+        return (outputs.last_hidden_state,)
+    passes = outputs.feedback_states[-(config.gradient_steps or 0) :]
+    return passes[(len(passes) - 1) % config.supervision_interval :: config.supervision_interval]
+
+
+def stopping_loss(
+    right: Callable[[Tensor], Tensor], answers: tuple[Tensor, ...], logits: tuple[Tensor, ...]
+) -> Tensor:
+    """Return the mean binary cross entropy of q_stop [B] with whether a row's answer is right (TRM)."""
+    each = zip(answers, logits[-len(answers) :], strict=True)
+    return torch.stack(
+        [F.binary_cross_entropy_with_logits(q[:, 0].float(), right(y.detach()).float()) for y, q in each]
+    ).mean()
+
+
+def rows_right(logits: Tensor, targets: Tensor, ignored: int = -100) -> Tensor:
+    """Return whether the logits [B, T, V] are right at each position of a row that has a target. [B]"""
+    return ((logits.argmax(-1) == targets) | (targets == ignored)).all(1)
 
 
 def check_shape(labels: Tensor, logits: Tensor) -> None:

@@ -49,6 +49,7 @@ PUZZLE: dict[str, Any] = {
     "supervision": "all",
     "halting": "select",
     "halting_scope": "sequence",
+    "halting_weight": 0.5,
     "num_encoder_layers": 0,
     "num_feedback_layers": 2,
     "decoder_type": "mlp",

@@ -37,6 +37,11 @@ class Recursion:
         return make_cell(config)
 
     @staticmethod
+    def first(cell: Any, e: Tensor) -> State:
+        """Return the state beside h before the first pass over e; None is for the cell to begin with zeros."""
+        return None
+
+    @staticmethod
     def step(
         cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, state: State, context: Context
     ) -> tuple[Tensor, State]:
@@ -81,12 +86,16 @@ class Hierarchical(Recursion):
         return Levels(config)
 
     @staticmethod
+    def first(cell: Any, e: Tensor) -> State:
+        return LowState(cell.low_state.to(e.dtype).expand_as(e))
+
+    @staticmethod
     def step(
         cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, state: State, context: Context
     ) -> tuple[Tensor, State]:
         x = connect(signal)
         high = torch.zeros_like(x) if signal is None else signal
-        low = cell.low_state.to(x.dtype).expand_as(x) if state is None else state[0]
+        (low,) = Hierarchical.first(cell, x) if state is None else state
         for number in range(config.num_low_steps):
             low = cell.think(low + x, context.within("low", number))
         return cell.answer(high + low, context.within("high")), LowState(low)

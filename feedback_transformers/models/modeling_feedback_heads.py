@@ -19,7 +19,16 @@ from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import BACKBONES, family_member
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
-from .feedback_objectives import check_classes, check_shape, row_means, token_loss, token_mean
+from .feedback_objectives import (
+    Losses,
+    check_classes,
+    check_shape,
+    row_means,
+    rows_right,
+    token_loss,
+    token_mean,
+    total_loss,
+)
 from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel, StatefulOutput
 
 logger = logging.get_logger(__name__)
@@ -115,40 +124,12 @@ class FeedbackHead(FeedbackPreTrainedModel):
             )
         return self.model(**inputs, embed_output=self.embed_output, predict=self.predict, return_dict=True)
 
-    def mean_loss(
-        self,
-        loss: Callable[[Tensor], Tensor],
-        outputs: FeedbackModelOutput,
-        losses: Callable[[Tensor, Tensor], Tensor] | None = None,
-        mean: Callable[[Tensor], Tensor] = torch.mean,
-    ) -> Tensor:
-        """Return the mean of loss(y) over the supervised steps.
-
-        They are the last step, as always in evaluation, or all steps that carry a gradient. With learned halting in
-        training, it is the sum over the steps of losses(y, p) instead.
-
-        Args:
-            loss: y [B, T, D] -> [].
-            losses: y, p -> [], which weighs each position by the probability p [B, T] to stop at this step.
-            mean: [B, T] -> [], of what halting adds at each position.
-        """
-        if outputs.halting_probabilities is not None and losses is not None:
-            states = outputs.feedback_states or (outputs.last_hidden_state,)
-            steps = zip(states, outputs.halting_probabilities, strict=True)
-            total = torch.stack([losses(y, p) for y, p in steps]).sum()
-        else:
-            supervised: tuple[Tensor, ...] = (outputs.last_hidden_state,)
-            if self.training and self.config.supervision == "all" and outputs.feedback_states is not None:
-                answers = outputs.feedback_states[-(self.config.gradient_steps or 0) :]
-                supervised = answers[
-                    (len(answers) - 1) % self.config.supervision_interval :: self.config.supervision_interval
-                ]
-            total = torch.stack([loss(y) for y in supervised]).mean()
+    def total_loss(self, losses: Losses, outputs: FeedbackModelOutput) -> Tensor:
+        """Return the loss of a call, of the config's objective."""
+        total = total_loss(self.config, losses, outputs, self.training)
         feedback = getattr(self, "feedback", None)
         if feedback is not None and self.training:  # a single pass doesn't read it, and DDP waits for its gradient
             total = total + 0 * sum(p.sum() for p in feedback.parameters() if p.requires_grad)
-        if outputs.halting_loss is not None:
-            total = total + self.config.halting_weight * mean(outputs.halting_loss)
         return total
 
 
@@ -291,7 +272,10 @@ class FeedbackLMHead(FeedbackHead):
             def mean(x: Tensor) -> Tensor:
                 return token_mean(x[:, keep], targets, **kwargs)
 
-            loss = self.mean_loss(step_loss, outputs, weighted, mean)
+            def right(y: Tensor) -> Tensor:
+                return rows_right(predict(y), targets, kwargs.get("ignore_index", -100))
+
+            loss = self.total_loss(Losses(step_loss, weighted, mean, right), outputs)
         return FeedbackOutput(
             loss=loss,
             logits=logits,
@@ -437,7 +421,10 @@ class FeedbackClassifier(FeedbackHead):
             def step_loss(y: Tensor) -> Tensor:
                 return self.loss_function(targets, self.pooled_logits(y, mask).float(), self.config)
 
-            loss = self.mean_loss(step_loss, outputs, weighted, mean)
+            def right(y: Tensor) -> Tensor:
+                return (self.pooled_logits(y, mask).argmax(-1) == targets) | (targets == -100)
+
+            loss = self.total_loss(Losses(step_loss, weighted, mean, right if one_class else None), outputs)
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
         return FeedbackOutput(

@@ -11,6 +11,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import named_arguments
+from .feedback_objectives import Losses
 from .modeling_feedback import FeedbackModelOutput
 from .modeling_feedback_heads import FeedbackHead
 
@@ -125,7 +126,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
                 errors = (series[:, :-1] + self.predict(y) - series[:, 1:]).abs().masked_fill(flat, 0.0)
                 return errors.mean(dim=1).sum() / (~flat).sum().clamp(min=1)
 
-            loss = self.mean_loss(step_loss, outputs)
+            loss = self.total_loss(Losses(step_loss), outputs)
         prediction = steps = None
         if future_values is None or not self.training:
             prediction, steps, first = self.forecast(past, length, **asked)

@@ -16,9 +16,11 @@ from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import named_arguments
 from .feedback_cache import FeedbackCache
 from .feedback_objectives import (
+    Losses,
     check_classes,
     check_shape,
     row_means,
+    rows_right,
     shift,
     targets_of_texts,
     token_loss,
@@ -239,14 +241,15 @@ class FeedbackForTokenClassification(FeedbackClassifier):
         logits, loss = self.predict(outputs.last_hidden_state), None
         if labels is not None:
             check_shape(labels, logits)
-            loss = self.mean_loss(
+            losses = Losses(
                 lambda y: self.loss_function(
                     self.predict(y), labels, self.config, num_items_in_batch=num_items_in_batch
                 ),
-                outputs,
                 lambda y, p: token_loss(self.predict(y), p, labels, num_items_in_batch=num_items_in_batch),
                 lambda x: token_mean(x, labels, num_items_in_batch),
+                lambda y: rows_right(self.predict(y), labels),
             )
+            loss = self.total_loss(losses, outputs)
         return FeedbackOutput(
             loss=loss,
             logits=logits,
@@ -338,7 +341,8 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
                 start, end = self.predict(y).unbind(-1)
                 return self.loss_function(start, end, start_positions, end_positions)
 
-            loss = self.mean_loss(step_loss, outputs, mean=lambda x: row_means(x, attention_mask).mean())
+            losses = Losses(step_loss, over_targets=lambda x: row_means(x, attention_mask).mean())
+            loss = self.total_loss(losses, outputs)
         return FeedbackQuestionAnsweringOutput(
             loss=loss,
             start_logits=start,

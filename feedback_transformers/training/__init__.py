@@ -1,4 +1,8 @@
-"""Add what the stock Trainer lacks: drawn passes, distillation, Muon, a stop on NaN, training that can be killed."""
+"""Add what the stock Trainer lacks.
+
+That is drawn passes, a carried state, an average of the weights, distillation, Muon, a stop on NaN, and training that
+can be killed.
+"""
 
 from .callbacks import SampleFeedbackSteps, draw_steps, own_steps, set_steps, trained_with, with_steps
 from .checkpoints import Sigterm, check_complete, last_complete_checkpoint, saving, train_safely
@@ -6,8 +10,11 @@ from .collators import DataCollatorForLeftPadding
 from .distillation import Distill, divergence
 from .non_finite import StopOnNonFinite, first_non_finite
 from .optimizers import MuonAdamW
+from .supervision import AverageWeights, CarryState
 
 __all__ = [
+    "AverageWeights",
+    "CarryState",
     "DataCollatorForLeftPadding",
     "Distill",
     "MuonAdamW",

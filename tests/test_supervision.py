@@ -1,0 +1,212 @@
+"""Deep supervision with a carried state, the halting loss of whole sequences, the average of the weights."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from conftest import arguments, assert_close, build, losses, tokens
+from datasets import Dataset
+from torch.nn import functional as F
+from transformers import Trainer
+
+from feedback_transformers import PRESETS, FeedbackForMaskedLM, FeedbackForTokenClassification
+from feedback_transformers.models.feedback_recursions import LowState
+from feedback_transformers.models.feedback_states import FeedbackState
+from feedback_transformers.training import AverageWeights, CarryState
+
+LENGTH, CLASSES = 6, 3
+SMALL = {"num_feedback_layers": 1, "num_low_steps": 2, "supervision_interval": 2, "num_feedback_steps": 6}
+
+
+def puzzle_model(preset: str = "trm", **fields):
+    shape = {"num_labels": CLASSES, "gradient_steps": 1, "pad_token_id": None}
+    return build(FeedbackForTokenClassification, **{**PRESETS[preset], **SMALL, **shape, **fields})
+
+
+def batches(number: int, rows: int = 4) -> list[dict[str, torch.Tensor]]:
+    made = [tokens(rows, LENGTH, 7 * step) for step in range(number)]
+    return [{"input_ids": ids, "labels": (ids + ids.roll(1, 1)) % CLASSES} for ids in made]
+
+
+def stop_with(model, bias: float) -> None:
+    with torch.no_grad():
+        model.model.loop.halting.halt_proj.bias.fill_(bias)
+
+
+@torch.no_grad()
+def restart(model, done: torch.Tensor, state: FeedbackState | None) -> FeedbackState:
+    """The official reset_carry: initial vectors at the rows that are done."""
+    loop, rows = model.model.loop, done[:, None, None]
+    high = loop.initial_state.vector.expand(len(done), LENGTH, -1)
+    low = loop.cell.low_state.expand_as(high)
+    if state is None:
+        return FeedbackState(high, None, LowState(low))
+    return FeedbackState(torch.where(rows, high, state.h), None, LowState(torch.where(rows, low, state.cell[0])))
+
+
+def by_hand(model, data: list[dict], optimizer, most: int) -> list[float]:
+    """TRM's training as its authors wrote it: carry, answer, loss, rows that halted take the next batch's."""
+    done, count, state, rows = torch.ones(len(data[0]["labels"]), dtype=torch.bool), torch.zeros(4), None, data[0]
+    made = []
+    for batch in data:
+        state = restart(model, done, state)
+        rows = {name: torch.where(done[:, None], batch[name], rows[name]) for name in rows}
+        count = torch.where(done, 0, count) + 1
+        outputs = model(input_ids=rows["input_ids"], num_feedback_steps=2, feedback_state=state)
+        state, q = outputs.feedback_state.detach(), outputs.halting_logits[-1]
+        right = (outputs.logits.argmax(-1) == rows["labels"]).all(1).float()
+        loss = F.cross_entropy(outputs.logits.flatten(0, 1), rows["labels"].flatten())
+        loss = loss + 0.5 * F.binary_cross_entropy_with_logits(q[:, 0], right)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        made.append(loss.item())
+        done = (q[:, 0] >= 0) | (count >= most)
+    return made
+
+
+@pytest.mark.parametrize("bias", [-9.0, 0.0, 9.0])
+def test_carried_training_is_that_of_the_authors(bias):
+    model, data = puzzle_model().train(), batches(7)
+    stop_with(model, bias)
+    reference = copy.deepcopy(model)
+    expected = by_hand(reference, data, torch.optim.SGD(reference.parameters(), lr=0.1), most=3)
+    carry, optimizer, actual = CarryState(max_answers=3, exploration=0.0), torch.optim.SGD(model.parameters(), 0.1), []
+    carry.attach(model)
+    for batch in data:
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        actual.append(loss.item())
+    carry.release()
+    assert actual == pytest.approx(expected, abs=1e-5)
+    assert model(**data[0]).loss.item() != pytest.approx(actual[0])  # of three answers again, and without a carry
+    assert not model._forward_pre_hooks and not model.model.loop._forward_pre_hooks
+
+
+@pytest.mark.parametrize("preset", ["trm", "trm-singlez", "hrm"])
+def test_places_are_kept_until_their_row_is_done(preset):
+    model, data = puzzle_model(preset).train(), batches(4)
+    stop_with(model, -9.0)
+    carry = CarryState(max_answers=3, exploration=0.0)
+    carry.attach(model)
+    for step, batch in enumerate(data):
+        model(**batch)
+        assert torch.equal(carry.rows["input_ids"], data[0 if step < 3 else 3]["input_ids"])
+        assert torch.equal(carry.done, torch.full((4,), step == 2))
+    smaller = {name: value[:2] for name, value in data[1].items()}
+    model(**smaller)  # as the last batch of an epoch
+    assert carry.answers.tolist() == [2, 2, 1, 1]
+    with pytest.raises(ValueError, match="max_length"):
+        model(input_ids=tokens(4, LENGTH + 1), labels=tokens(4, LENGTH + 1) % CLASSES)
+    carry.release()
+
+
+def test_exploration_keeps_rows():
+    model, data = puzzle_model().train(), batches(8)
+    stop_with(model, 9.0)
+    carry = CarryState(max_answers=4, exploration=1.0)
+    carry.attach(model)
+    for batch in data:
+        model(**batch)
+        assert torch.equal(carry.done, carry.answers >= carry.least) and (carry.least >= 2).all()
+    carry.release()
+
+
+@pytest.mark.parametrize("head", [FeedbackForTokenClassification, FeedbackForMaskedLM])
+def test_the_halting_loss_of_sequences_is_the_cross_entropy_of_being_right(head):
+    fields = {**PRESETS["trm"], **SMALL, "pad_token_id": None, "num_labels": CLASSES}
+    model, (batch,) = build(head, **fields).train(), batches(1)
+    with torch.no_grad():  # an answer that is right at half of the rows
+        batch["labels"][:2] = model(**batch, output_feedback_states=True).logits.argmax(-1)[:2]
+    batch["labels"][0, 0] = -100
+    outputs = model(**batch, output_feedback_states=True)
+    each = list(zip(model.step_logits(outputs)[1::2], outputs.halting_logits, strict=True))
+    assert len(each) == 3
+    expected = 0.0
+    for logits, q in each:
+        wrong = ((logits.argmax(-1) != batch["labels"]) & (batch["labels"] != -100)).any(1)
+        expected = expected + F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) / 3
+        expected = expected + 0.5 * F.binary_cross_entropy_with_logits(q[:, 0], (~wrong).float()) / 3
+    assert_close(outputs.loss, expected, 1e-5)
+    outputs.loss.backward()
+    assert model.model.loop.halting.halt_proj.weight.grad.abs().sum() > 0
+
+
+def trainer(folder, callbacks, **fields) -> Trainer:
+    rows = [{name: value[0].tolist() for name, value in batch.items()} for batch in batches(32, 1)]
+    data = Dataset.from_list(rows)
+    return Trainer(
+        puzzle_model(), arguments(folder, **fields), train_dataset=data, eval_dataset=data, callbacks=callbacks
+    )
+
+
+def test_resumed_training_with_a_carry_and_an_average_is_the_uninterrupted_one(tmp_path):
+    def callbacks():
+        return [CarryState(3), AverageWeights(0.9)]
+
+    whole = trainer(tmp_path / "whole", callbacks())
+    whole.train()
+    resumed = trainer(tmp_path / "whole", callbacks())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert len(losses(whole)) == 8 and losses(resumed) == losses(whole)
+    for expected, actual in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_a_resumed_run_says_what_it_misses(tmp_path, caplog):
+    trainer(tmp_path / "whole", [CarryState(3)]).train()
+    transformers.utils.logging.enable_propagation()
+    trainer(tmp_path / "other", [CarryState(3)]).train(str(tmp_path / "whole" / "checkpoint-4"))
+    transformers.utils.logging.disable_propagation()
+    assert "resume in its output_dir" in caplog.text
+
+
+def test_the_average_is_evaluated_and_stays(tmp_path):
+    plain = trainer(tmp_path / "plain", [], save_steps=1, max_steps=3)
+    plain.train()
+    average = trainer(
+        tmp_path / "average", [AverageWeights(0.9)], save_steps=1, max_steps=3, eval_strategy="steps", eval_steps=1
+    )
+    average.train()
+    expected = dict(puzzle_model().named_parameters())
+    losses_of = []
+    for step in (1, 2, 3):
+        saved = type(average.model).from_pretrained(str(tmp_path / "plain" / f"checkpoint-{step}"))
+        raw = type(average.model).from_pretrained(str(tmp_path / "average" / f"checkpoint-{step}"))
+        for (name, new), other in zip(saved.named_parameters(), raw.parameters(), strict=True):
+            assert torch.equal(new, other)  # checkpoints hold the weights themselves
+            expected[name] = (0.9 * expected[name] + 0.1 * new).detach()
+        saved.load_state_dict(expected, strict=False)
+        losses_of.append(Trainer(saved, arguments(tmp_path)).evaluate(average.train_dataset)["eval_loss"])
+    told = [entry["eval_loss"] for entry in average.state.log_history if "eval_loss" in entry]
+    assert told == pytest.approx(losses_of, abs=1e-5)
+    for name, weights in average.model.named_parameters():
+        assert_close(weights, expected[name], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"feedback_axis": "time", "feedback_type": "gru"},
+        {"feedback_signal": "none"},
+        {"feedback_axis": "time", "feedback_type": "transformer", "solver": "jacobi"},
+    ],
+)
+def test_models_without_passes_have_nothing_to_carry(fields):
+    with pytest.raises(ValueError, match="CarryState"):
+        CarryState().attach(build(**fields))
+
+
+def test_what_does_not_go_together_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_answers"):
+        CarryState(0)
+    with pytest.raises(ValueError, match="decay"):
+        AverageWeights(1.0)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps"):
+        trainer(tmp_path, [CarryState()], gradient_accumulation_steps=2).train()
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 4}
+    with pytest.raises(ValueError, match="load_best_model_at_end"):
+        trainer(tmp_path, [AverageWeights()], **best).train()
