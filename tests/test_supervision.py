@@ -109,9 +109,11 @@ def test_exploration_keeps_rows():
     stop_with(model, 9.0)
     carry = CarryState(max_answers=4, exploration=1.0)
     carry.attach(model)
+    left = []
     for batch in data:
         model(**batch)
-        assert torch.equal(carry.done, carry.answers >= carry.least) and (carry.least >= 2).all()
+        left += carry.answers[carry.done].tolist()
+    assert min(left) >= 2 and max(left) <= 4 and len(set(left)) > 1  # without it they leave after the first
     carry.release()
 
 

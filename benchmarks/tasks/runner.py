@@ -152,10 +152,13 @@ class Task:
         generator = torch.Generator().manual_seed(1000 + seed)
         optimizer, total = make_optimizer(network, training), training["steps"]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, training["warmup"]))
-        carry = CarryState(training["answers"]) if training["answers"] else None
-        average = AverageWeights(training["average"]) if training["average"] else None
-        for callback in filter(None, (carry, average)):
-            callback.attach(network)
+        carry, average = None, None
+        if training["answers"]:
+            carry = CarryState(training["answers"])
+            carry.attach(network)
+        if training["average"]:
+            average = AverageWeights(training["average"])
+            average.attach(network)
         progress, level = tqdm(range(total), desc=title, mininterval=10), 0.0
         for step in progress:
             start, end = training["forced"]

@@ -80,7 +80,7 @@ class CarryState(TrainerCallback):
         """Let the next batch begin anew."""
         self.rows: dict[str, Tensor] = {}  # the inputs that the places hold
         self.state: FeedbackState | None = None
-        self.done = self.answers = self.least = torch.empty(0)
+        self.done = self.answers = torch.empty(0)
 
     def attach(self, model: nn.Module) -> None:
         """Let calls of `model` in training go on from each other. Raises ValueError for models that make no passes."""
@@ -117,7 +117,7 @@ class CarryState(TrainerCallback):
             self.rows = {name: value.clone() for name, value in batch.items()}
             device = next(iter(batch.values())).device
             self.done = torch.ones(size, dtype=torch.bool, device=device)
-            self.answers, self.least = (torch.zeros(size, dtype=torch.long, device=device) for _ in range(2))
+            self.answers = torch.zeros(size, dtype=torch.long, device=device)
         if {name: value.shape[1:] for name, value in batch.items()} != {
             name: value.shape[1:] for name, value in self.rows.items()
         } or size > len(self.done):
@@ -128,11 +128,6 @@ class CarryState(TrainerCallback):
         new = self.done[:size]
         for name, value in batch.items():
             self.rows[name][:size] = choose(new, value, self.rows[name][:size])
-        explores = torch.rand(size) < self.exploration
-        least = (
-            torch.where(explores, torch.randint(2, self.max_answers + 1, (size,)), 0) if self.max_answers > 1 else 0
-        )
-        self.least[:size] = torch.where(new, torch.as_tensor(least).to(new.device), self.least[:size])
         self.answers[:size] = torch.where(new, 0, self.answers[:size])
         filled = {name: self.rows[name][:size].clone() for name in batch}
         if given.get("num_items_in_batch") is not None:  # which Trainer has counted in the new batch
@@ -166,7 +161,9 @@ class CarryState(TrainerCallback):
         done = self.answers[:size] >= self.max_answers
         if made.halting_logits:
             stops = made.halting_logits[-1][:, 0].detach() >= 0
-            done = done | (stops & (self.answers[:size] >= self.least[:size]))
+            drawn = torch.randint(2, max(2, self.max_answers) + 1, (size,))
+            least = torch.where(torch.rand(size) < self.exploration, drawn, 0).to(stops.device)
+            done = done | (stops & (self.answers[:size] >= least))
         self.done = torch.cat([done, self.done[size:]])  # not in place, as the gradient reads the old one
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
@@ -188,14 +185,15 @@ class CarryState(TrainerCallback):
         return {
             "rows": self.rows,
             "state": None if self.state is None else plain(self.state),
-            "counts": (self.done, self.answers, self.least),
+            "done": self.done,
+            "answers": self.answers,
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         self.rows = saved["rows"]
         self.state = None if saved["state"] is None else FeedbackState(*saved["state"])
-        self.done, self.answers, self.least = saved["counts"]
+        self.done, self.answers = saved["done"], saved["answers"]
 
 
 def plain(value: Any) -> Any:
