@@ -146,7 +146,7 @@ def shared_memory(**more: Any) -> tuple[Any, Any]:
     """Return two Feedback Transformers of 4 layers: ours, and that of feedback-transformer-pytorch."""
     theirs = FeedbackTransformer(num_tokens=256, dim=WIDTH, depth=4, seq_len=1, mem_len=256, heads=HEADS, dim_head=64)
     fields = {"num_feedback_layers": 4, "intermediate_size": 944, "tie_word_embeddings": False}
-    return build(**{**PRESETS["feedback-transformer"], **fields, **more}), theirs
+    return build(**{**PRESETS["shared-memory"], **fields, **more}), theirs
 
 
 def feedback_transformer_train(name: str, **solver: Any) -> Result:
@@ -207,7 +207,7 @@ def feedback_transformer_generate() -> Result:
 def tiny_recursive() -> Result:
     """Time 21 calls of a network of two layers, the last 7 with a gradient, over 81 cells of 10 tokens."""
     fields = {"vocab_size": 10, "supervision": "last", "num_feedback_steps": 21, "gradient_steps": 7}
-    ours = build(FeedbackForMaskedLM, **{**PRESETS["tiny-recursive"], **fields}).train()
+    ours = build(FeedbackForMaskedLM, **{**PRESETS["supervised-loop"], **fields}).train()
     network = Encoder(dim=WIDTH, depth=2, heads=HEADS, attn_dim_head=WIDTH // HEADS)
     theirs = TinyRecursiveModel(dim=WIDTH, num_tokens=10, network=network)
     ids, labels = tokens(16, 81, 10), tokens(16, 81, 10)

@@ -188,7 +188,7 @@ def name_of(fields: dict) -> str:
     return "-".join([*parts, axis, fields["feedback_signal"], fields["feedback_connection"]])
 
 
-PRESETS_MEMORY = {**PRESETS["feedback-transformer"], "num_feedback_layers": 2}
+PRESETS_MEMORY = {**PRESETS["shared-memory"], "num_feedback_layers": 2}
 COMBINATIONS = combinations()
 each_combination = pytest.mark.parametrize("fields", COMBINATIONS, ids=name_of)
 each_cell = pytest.mark.parametrize("cell", list(CELLS))

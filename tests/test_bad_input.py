@@ -139,7 +139,7 @@ def test_a_config_changed_for_the_worse_is_not_saved(tmp_path):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match="Unknown preset 'nope'; choose one of .*feedback-transformer, "):
+    with pytest.raises(ValueError, match="Unknown preset 'nope'; choose one of .*shared-memory, "):
         FeedbackConfig.preset("nope")
 
 

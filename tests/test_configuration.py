@@ -5,6 +5,8 @@ from conftest import build, tiny, tokens
 from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM
+from feedback_transformers.models import feedback_presets
+from feedback_transformers.models.feedback_presets import RENAMED
 from feedback_transformers.models import feedback_rules
 from feedback_transformers.models.configuration_feedback import AUTO_MAP, MODELING
 from feedback_transformers.models.feedback_names import BACKBONE_TYPES
@@ -169,3 +171,12 @@ def test_labels(tmp_path):
     config.save_pretrained(tmp_path)
     assert FeedbackConfig.from_pretrained(tmp_path).num_labels == 5
     assert FeedbackConfig.from_pretrained(tmp_path, num_labels=7).num_labels == 7
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_names_of_presets_warn(old, new, monkeypatch):
+    told = []
+    monkeypatch.setattr(feedback_presets.logger, "warning_once", told.append)
+    assert FeedbackConfig.preset(old).to_dict() == FeedbackConfig.preset(new).to_dict()
+    assert PRESETS[old] == PRESETS[new] and old not in PRESETS
+    assert all(new in sentence for sentence in told) and len(told) == 2

@@ -130,7 +130,7 @@ def test_gradient_checkpointing_of_many_passes(fields):
     assert saved[1] < saved[0] / 2
 
 
-@pytest.mark.parametrize("name", ["feedback-transformer", "recurrent-depth", "tiny-recursive"])
+@pytest.mark.parametrize("name", ["shared-memory", "recurrent-depth", "supervised-loop"])
 def test_gradient_checkpointing_of_presets(name):
     config = tiny(**{**PRESETS[name], "is_causal": True})
     plain, checkpointed = FeedbackForCausalLM(config).train(), FeedbackForCausalLM(config).train()

@@ -34,15 +34,15 @@ VARIANTS = {
         for name, fields in PRESETS.items()
         if name != "albert"  # which reads both sides; see test_published.py
     },
-    "memory-jacobi": {**PRESETS["feedback-transformer"], "num_feedback_layers": 2, "solver": "jacobi"},
+    "memory-jacobi": {**PRESETS["shared-memory"], "num_feedback_layers": 2, "solver": "jacobi"},
     "memory-jacobi-tolerance": {
-        **PRESETS["feedback-transformer"],
+        **PRESETS["shared-memory"],
         "num_feedback_layers": 2,
         "solver": "jacobi",
         "solver_steps": 40,
         "solver_tolerance": 1e-6,
     },
-    "memory-none": {**PRESETS["feedback-transformer"], "feedback_signal": "none"},
+    "memory-none": {**PRESETS["shared-memory"], "feedback_signal": "none"},
     "share-encoder-decoder": {"share_encoder_decoder": True, "feedback_signal": "output"},
     "share-encoder-decoder-time": {"share_encoder_decoder": True, "feedback_axis": "time", "feedback_type": "gru"},
     "grouped-query": {"num_key_value_heads": 2, "feedback_axis": "time", "feedback_interval": 3},
@@ -131,7 +131,7 @@ for family in BACKBONE_TYPES:
         }
     if family in ("llama", "qwen3"):  # without and with norms of queries and keys
         VARIANTS[f"{family}-memory"] = {
-            **PRESETS["feedback-transformer"],
+            **PRESETS["shared-memory"],
             "backbone_config": {"model_type": family},
             "num_key_value_heads": 2,
         }

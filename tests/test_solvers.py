@@ -91,7 +91,7 @@ def test_gauss_seidel_of_a_bidirectional_model(cell):
 @pytest.mark.parametrize("layers", [1, 3])
 def test_jacobi_of_the_shared_memory(layers):
     """As many passes as positions are exact; one pass reads no memory."""
-    fields = {**PRESETS["feedback-transformer"], "num_feedback_layers": layers}
+    fields = {**PRESETS["shared-memory"], "num_feedback_layers": layers}
     sequential, batch = build(**fields), tokens(2, 9)
     passes = with_weights_of(sequential, **fields, solver="jacobi", solver_steps=9)
     assert_agree(passes, sequential, batch)

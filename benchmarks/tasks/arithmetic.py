@@ -107,7 +107,7 @@ def reaching(least: float) -> Callable[[Runs], dict[str, bool]]:
 
 INIT: Settings = {"initializer_range": 0.125}
 SHAPE: Settings = {**INIT, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
-FEEDBACK: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers": 0, "num_feedback_layers": 1}
+FEEDBACK: Settings = {**SHAPE, "preset": "token-loop", "num_encoder_layers": 0, "num_feedback_layers": 1}
 LSTM: Settings = {**INIT, "preset": "lstm", "feedback_signal": "state", "hidden_size": 64}
 GRU: Settings = {**INIT, "preset": "gru", "feedback_signal": "state", "num_feedback_layers": 2, "hidden_size": 56}
 MODELS: dict[str, Settings] = {

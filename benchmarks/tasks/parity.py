@@ -53,7 +53,7 @@ SHAPE: Settings = {
 }
 FEEDBACK: Settings = {
     **SHAPE,
-    "preset": "recurrent-looped",
+    "preset": "token-loop",
     "num_encoder_layers": 0,
     "num_feedback_layers": 1,
 }

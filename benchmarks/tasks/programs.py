@@ -96,8 +96,8 @@ SHAPE: Settings = {
     "num_attention_heads": 4,
     "initializer_range": 0.125,
 }
-MEMORY: Settings = {**SHAPE, "preset": "feedback-transformer", "num_feedback_layers": 2}
-LOOPED: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers": 0, "num_feedback_layers": 2}
+MEMORY: Settings = {**SHAPE, "preset": "shared-memory", "num_feedback_layers": 2}
+LOOPED: Settings = {**SHAPE, "preset": "token-loop", "num_encoder_layers": 0, "num_feedback_layers": 2}
 LSTM: Settings = {"preset": "lstm", "feedback_signal": "state", "hidden_size": 96, "initializer_range": 0.1}
 FEWER: Settings = {"steps": 2500}  # which take these models longer than 8,000 steps take the others
 MODELS: dict[str, Settings] = {

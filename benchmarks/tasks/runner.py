@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import feedback_transformers
+from feedback_transformers.models.feedback_presets import RENAMED
 from feedback_transformers.training import AverageWeights, CarryState, MuonAdamW
 
 from .models import Settings, build
@@ -192,8 +193,11 @@ class Task:
     def finished(self) -> Runs:
         """Return the runs with the present settings; those with others, and of fewer steps, do not count."""
         lines = [*map(json.loads, self.file.read_text().splitlines() if self.file.exists() else [])]
-        for line in lines:  # of before there were these
-            line["settings"]["training"] = {"answers": None, "average": None, **line["settings"]["training"]}
+        for line in lines:  # of before there were these, and with names of before
+            settings = line["settings"]
+            settings["training"] = {"answers": None, "average": None, **settings["training"]}
+            if (preset := settings["fields"].get("preset")) in RENAMED:
+                settings["fields"]["preset"] = RENAMED[preset]
         now = {model: json.loads(json.dumps(self.settings(model))) for model in self.models}
         return Runs([line for line in lines if line["settings"] == now.get(line["model"])])
 

@@ -271,7 +271,7 @@ def report_recursion(runs: Runs) -> dict[str, bool]:
 def shape(width: int) -> Settings:
     """Return a tiny recursive model. The places of cells are learned, by GPT-2 layers: rotary ones know no rows."""
     return {
-        "preset": "tiny-recursive",
+        "preset": "supervised-loop",
         "backbone_config": {"model_type": "gpt2"},
         "hidden_size": width,
         "intermediate_size": 4 * width,

@@ -80,7 +80,7 @@ SHAPE: Settings = {
     "num_attention_heads": 4,
     "initializer_range": 0.09,
 }
-FEEDBACK: Settings = {**SHAPE, "preset": "recurrent-looped", "num_encoder_layers": 0, "num_feedback_layers": 1}
+FEEDBACK: Settings = {**SHAPE, "preset": "token-loop", "num_encoder_layers": 0, "num_feedback_layers": 1}
 LSTM: Settings = {"preset": "lstm", "feedback_signal": "state", "hidden_size": 128}
 MODELS: dict[str, Settings] = {
     "feedback": {"kind": "feedback", "fields": FEEDBACK, "training": {"steps": 3000}},

@@ -339,9 +339,7 @@ class FeedbackConfig(PreTrainedConfig):
 
         `fields` override its own. Raises ValueError for an unknown name.
         """
-        if name not in PRESETS:
-            raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(PRESETS)}.")
-        return cls(**{**PRESETS[name], **fields})
+        return cls(**{**PRESETS.named(name), **fields})
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.auto_map = dict(AUTO_MAP)

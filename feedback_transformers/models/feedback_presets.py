@@ -8,6 +8,10 @@ readout. Each comment names further differences.
 
 from typing import Any
 
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
 # The whole model is the loop, and what is fed back replaces the input.
 LOOPED: dict[str, Any] = {
     "feedback_axis": "depth",
@@ -100,13 +104,12 @@ EXACT: dict[str, dict[str, Any]] = {
     "trm-singlez": {**TRM, "feedback_recursion": "refinement"},
 }
 
-PRESETS: dict[str, dict[str, Any]] = {
-    **EXACT,
+OWN: dict[str, dict[str, Any]] = {
     # In the spirit of the Feedback Transformer (Fan et al. 2020, arXiv:2002.09402): all layers attend to one memory of
     # merged past layer states. Its code has layer norms with biases, relative positions as in T5, GEGLU, one key and
     # value projection that reads the raw memory, and no attention at the first token. Here keys and values are made of
     # the normed memory by the first layer's projections, and each position also attends to itself.
-    "feedback-transformer": {
+    "shared-memory": {
         "feedback_axis": "time",
         "feedback_type": "transformer",
         "feedback_connection": "memory",
@@ -117,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # In the spirit of the Recurrent Looped Transformer (Zhang 2026): the top state of a token enters the next token
     # through a gate. It was not compared with the authors' code.
-    "recurrent-looped": {
+    "token-loop": {
         "feedback_axis": "time",
         "feedback_type": "transformer",
         "feedback_connection": "gate",
@@ -144,7 +147,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # layers, the input added at every pass, an answer supervised after every pass. TRM begins at learned vectors,
     # feeds the latent back as it is, has norms without weights behind attention and MLP, refines the answer by steps
     # without input, scales the embeddings, cuts the gradient between supervised steps, and learns when to halt.
-    "tiny-recursive": {
+    "supervised-loop": {
         "feedback_axis": "depth",
         "feedback_type": "transformer",
         "feedback_connection": "add",
@@ -178,7 +181,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # In the spirit of Jordan 1986 (Serial order): the network's own output is the context of its next step. Jordan's
     # context units decay, where here the last prediction alone is embedded, normed and added.
-    "jordan": {
+    "output-loop": {
         "feedback_axis": "time",
         "feedback_type": "mlp",
         "feedback_signal": "output",
@@ -188,3 +191,30 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_decoder_layers": 0,
     },
 }
+
+# Names that were those of papers whose function these do not compute.
+RENAMED = {
+    "feedback-transformer": "shared-memory",
+    "jordan": "output-loop",
+    "recurrent-looped": "token-loop",
+    "tiny-recursive": "supervised-loop",
+}
+
+
+class Presets(dict[str, dict[str, Any]]):
+    """Hold the presets by name; an old name gives what it was renamed to, with a warning."""
+
+    def __missing__(self, name: str) -> dict[str, Any]:
+        if name not in RENAMED:
+            raise KeyError(name)
+        logger.warning_once(f"The preset {name!r} is called {RENAMED[name]!r} now: use that name.")
+        return self[RENAMED[name]]
+
+    def named(self, name: str) -> dict[str, Any]:
+        """Return the fields of a preset; raise ValueError for an unknown name."""
+        if name not in self and name not in RENAMED:
+            raise ValueError(f"Unknown preset {name!r}; choose one of {', '.join(self)}.")
+        return self[name]
+
+
+PRESETS = Presets(EXACT | OWN)

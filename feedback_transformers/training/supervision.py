@@ -57,7 +57,7 @@ class CarryState(TrainerCallback):
 
     A row stays for at most `max_answers` steps, and leaves its place to the new batch's row once the model says that
     it is done, σ(q_stop) >= 0.5. So the rows that a new batch has at places which are still taken are left out. With
-    the probability `exploration` a row is kept for a random number of steps in any case.
+    the probability `exploration` a row that would leave stays, unless it has made a random number of answers.
 
     All batches have rows of one length. An answer takes `supervision_interval` passes, of which the last
     `gradient_steps` have a gradient. In a loop of your own, call `attach` before it and `release` behind it.

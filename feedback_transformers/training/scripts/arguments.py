@@ -84,9 +84,7 @@ class ModelArguments:
 
     def config(self, architecture: dict[str, Any], **sizes: Any) -> FeedbackConfig:
         """Return the config of a new model: `sizes`, then the preset or else `architecture`, then the overrides."""
-        if self.preset is not None and self.preset not in PRESETS:
-            raise ValueError(f"Unknown preset {self.preset!r}; choose one of {', '.join(PRESETS)}.")
-        chosen = architecture if self.preset is None else PRESETS[self.preset]
+        chosen = architecture if self.preset is None else PRESETS.named(self.preset)
         return FeedbackConfig(**{**sizes, **chosen, **overrides(self.config_overrides)})
 
 
