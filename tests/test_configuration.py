@@ -5,11 +5,10 @@ from conftest import build, tiny, tokens
 from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen3Config
 
 from feedback_transformers import PRESETS, FeedbackConfig, FeedbackForCausalLM
-from feedback_transformers.models import feedback_presets
-from feedback_transformers.models.feedback_presets import RENAMED
-from feedback_transformers.models import feedback_rules
+from feedback_transformers.models import feedback_presets, feedback_rules
 from feedback_transformers.models.configuration_feedback import AUTO_MAP, MODELING
 from feedback_transformers.models.feedback_names import BACKBONE_TYPES
+from feedback_transformers.models.feedback_presets import RENAMED
 
 
 def test_defaults_build():
