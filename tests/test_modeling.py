@@ -75,6 +75,23 @@ VARIANTS |= {
         "share_levels": True,
     },
     "refinement-gate": {**LEVELS, "feedback_recursion": "refinement", "feedback_connection": "gate"},
+    **{
+        f"layerwise-{axis}-{kind}": {
+            "feedback_recursion": "layerwise",
+            "feedback_axis": axis,
+            "feedback_type": kind,
+            "num_feedback_layers": 3,
+            "feedback_signal": signal,
+        }
+        for axis, kind, signal in (
+            ("time", "transformer", "state"),
+            ("time", "lstm", "output"),
+            ("time", "conv", "state"),
+            ("depth", "transformer", "output"),
+            ("depth", "gru", "state"),
+            ("depth", "mlp", "none"),
+        )
+    },
     "select": {"halting": "select", "halting_threshold": 0.6, "num_feedback_steps": 5},
     "select-output": {"halting": "select", "halting_threshold": 0.6, "feedback_signal": "output"},
     "levels-converged": {**LEVELS, "halting": "converged", "halting_threshold": 0.5, "num_feedback_steps": 5},

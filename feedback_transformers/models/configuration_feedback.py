@@ -163,8 +163,9 @@ class FeedbackConfig(PreTrainedConfig):
         feedback_connection: how feedback enters: `"gate"`, a gated sum (the usual choice); `"add"`, a plain sum;
             `"concat"`, a projection of both; `"replace"`, the signal alone; `"sum"`, both without weights; or
             `"memory"`, one memory that all layers attend to, for transformers along time.
-        feedback_recursion: what a step makes of the state: `"single"`, one latent; `"hierarchical"`, a slow and a fast
-            latent (HRM, TRM); `"refinement"`, one latent, with the input and then once without (TRM with a single z).
+        feedback_recursion: what a step makes of the state: `"single"`, one latent; `"layerwise"`, every layer reads
+            what the layer above it made one step ago; `"hierarchical"`, a slow and a fast latent (HRM, TRM);
+            `"refinement"`, one latent, with the input and then once without (TRM with a single z).
         num_low_steps: steps of the fast latent within a step of the slow one (L_cycles).
         share_levels: whether the slow and the fast latent have one stack of layers, as in TRM.
         initial_state: state before the first pass in depth: `"zeros"`, `"input"` (the encoded input), `"learned"` (a

@@ -174,12 +174,11 @@ class FeedbackLoop(nn.Module):
     ) -> tuple[Tensor, State]:
         """Return f(c(e, φ), h') at all given positions, [B, T, D], and the new state."""
         here = context.for_part("cell", number)
-        if self.config.feedback_axis == "time":
-            h, state = self.cell(self.connect(e, signal, context), here), None
-            return h if self.norm is None else self.norm(h), state
-
         connect = partial(self.connect, e, context=context)
-        h, state = self.recursion.step(self.cell, self.config, connect, signal, state, here)
+        if self.config.feedback_axis == "time":
+            h, state = self.recursion.along(self.cell, self.config, connect, signal, here), None
+        else:
+            h, state = self.recursion.step(self.cell, self.config, connect, signal, state, here)
         return h if self.norm is None else self.norm(h), state
 
     def initial(self, e: Tensor, context: Context) -> FeedbackState:

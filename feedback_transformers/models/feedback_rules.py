@@ -314,8 +314,8 @@ def unread(config: Any) -> Iterator[str]:
         ),
         "halting_scope": (config.halting != "select", f"with halting={config.halting!r}: it is for 'select'"),
         "num_low_steps": (
-            config.feedback_recursion == "single",
-            "with feedback_recursion='single': it is for 'hierarchical' and 'refinement'",
+            config.feedback_recursion not in ("hierarchical", "refinement"),
+            f"with feedback_recursion={config.feedback_recursion!r}: it is for 'hierarchical' and 'refinement'",
         ),
         "share_levels": (
             config.feedback_recursion != "hierarchical",
@@ -374,7 +374,16 @@ def haltings(config: Any) -> Iterator[str]:
 
 def recursions(config: Any) -> Iterator[str]:
     kind, state = config.feedback_recursion, config.initial_state
-    if kind != "single":
+    if kind == "layerwise":
+        yield from needs(
+            config,
+            "feedback_recursion='layerwise'",
+            feedback_interval=(1,),
+            solver=("sequential",),
+            feedback_connection=("gate", "add", "concat", "sum"),
+            retrofitted_from=(None,),
+        )
+    if kind in ("hierarchical", "refinement"):
         yield from needs(
             config,
             f"feedback_recursion={kind!r}",
