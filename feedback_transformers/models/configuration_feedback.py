@@ -358,6 +358,15 @@ class FeedbackConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
+    # transformers looks for each name in attribute_map first; a generated token would wait for that a hundred times.
+    __getattribute__ = object.__getattribute__
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the field that a name of `attribute_map` means."""
+        if name not in type(self).attribute_map:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self, type(self).attribute_map[name])
+
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field as in transformers; refuse, as the constructor does, names that no part would read."""
         known = (
