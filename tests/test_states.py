@@ -64,7 +64,7 @@ def test_k_passes_and_then_the_others_are_all_passes(fields):
 def test_a_state_is_saved(fields, tmp_path):
     model, batch = head_of(fields), tokens()
     state = model(batch, num_feedback_steps=2, use_cache=False).feedback_state
-    torch.save(tuple(state.detach()), tmp_path / "state.pt")
+    torch.save(state.plain(), tmp_path / "state.pt")
     again = FeedbackState(*torch.load(tmp_path / "state.pt"))
     arguments = {"num_feedback_steps": 2, "use_cache": False}
     expected = model(batch, feedback_state=state, **arguments).logits
@@ -115,8 +115,64 @@ def test_what_cannot_take_a_state_says_so():
         build()(tokens(2, 5), feedback_state=state, use_cache=False)
     with pytest.raises(ValueError, match="of which a cache would miss the first ones: set use_cache=False"):
         build()(tokens(), feedback_state=state, use_cache=True)
-    with pytest.raises(ValueError, match="this model goes position by position: use its cache"):
-        build(feedback_axis="time", feedback_type="gru")(tokens(), feedback_state=state, use_cache=False)
+    with pytest.raises(ValueError, match="this model goes position by position: give one of its own"):
+        build(**TIME)(tokens(), feedback_state=state)
+    with pytest.raises(ValueError, match="which attention reads: use past_key_values"):
+        build(feedback_axis="time")(tokens(), feedback_state=state)
+    cache = build(**TIME)(tokens(), use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="both say what was read"):
+        build(**TIME)(tokens(), feedback_state=state, past_key_values=cache)
+
+
+# Position by position
+
+TIME = {
+    "feedback_axis": "time",
+    "feedback_type": "gru",
+    "encoder_type": "rnn",
+    "decoder_type": "rnn",
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 1,
+}
+EACH = {
+    "gru": {},
+    "lstm": {"feedback_type": "lstm", "num_feedback_layers": 2, "feedback_signal": "output"},
+    "conv": {"feedback_type": "conv", "encoder_type": "cnn", "feedback_interval": 3},
+    "mlp": {"feedback_type": "mlp", "feedback_connection": "add"},
+    "newton": {"feedback_type": "min_gru", "solver": "newton", "feedback_signal": "none"},
+    "layerwise": {"feedback_recursion": "layerwise", "num_feedback_layers": 2},
+}
+
+
+@pytest.mark.parametrize("fields", EACH.values(), ids=EACH)
+@torch.no_grad()
+def test_positions_and_then_the_others_are_all_positions(fields, tmp_path):
+    """Through a file, with rows of unequal length, and for a cache that is asked for later."""
+    model = build(**{**TIME, **fields})
+    batch, mask = pad(tokens(3, 11), [11, 8, 4], "left")
+    whole = model(batch, attention_mask=mask).logits
+    first = model(batch[:, :5], attention_mask=mask[:, :5])
+    assert first.past_key_values is None or isinstance(first.feedback_state, FeedbackState)
+    torch.save(first.feedback_state.plain(), tmp_path / "state.pt")
+    state = FeedbackState(*torch.load(tmp_path / "state.pt", weights_only=True))
+    second = model(batch[:, 5:9], attention_mask=mask[:, 5:9], feedback_state=state, use_cache=True)
+    third = model(batch[:, 9:], attention_mask=mask, past_key_values=second.past_key_values)
+    logits = torch.cat([first.logits, second.logits, third.logits], dim=1)
+    assert_close(logits[mask.bool()], whole[mask.bool()], 1e-6)
+
+
+def test_training_carries_a_detached_state_along_a_text():
+    """Truncated backpropagation: the value of the state goes on, and its gradient does not."""
+    model, ids = build(**TIME).train(), tokens(2, 12)
+    first = model(ids[:, :6])
+    state = first.feedback_state.detach()
+    assert not any(x.requires_grad for _, kept in state.cell.states for x in kept)
+    loss = model(ids[:, 6:], labels=ids[:, 6:], feedback_state=state).loss
+    loss.backward()
+    with torch.no_grad():
+        logits = model.eval()(ids).logits[:, 6:-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 7:].flatten())
+    assert_close(loss.detach(), expected, 1e-5)
 
 
 # Where it begins

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,14 @@ class Slot(NamedTuple):
     def key(self) -> str:
         """Name the slot, as `cell/2/0/`: what exporters save of a cache is JSON, whose keys are strings."""
         return "".join(f"{name}/" for name in (self.part, self.step, *self.within) if name != "")
+
+
+class PositionState(NamedTuple):
+    """What a model without attention knows of the positions it has read: all that the next one needs."""
+
+    length: int  # columns seen, padding included
+    seen: Tensor  # [B] real positions
+    states: tuple[tuple[str, tuple[Tensor, ...]], ...]  # of each recurrent part, with the name of its slot
 
 
 def wide(x: Tensor) -> Tensor:
@@ -80,6 +88,18 @@ class FeedbackCache(Cache):
         self.key_mask: Tensor | None = None  # [B, P] which columns are real; None where all are
         # Number of passes that filled the cache, whether each was decoded, and whether they shared slots.
         self.steps: tuple[int, bool, bool] | None = None
+
+    @classmethod
+    def after(cls, state: PositionState) -> FeedbackCache:
+        """Return a cache that goes on from a state."""
+        cache = cls()
+        cache.length, cache.count, states = state
+        cache.states = {slot: tuple(kept) for slot, kept in states}
+        return cache
+
+    def position_state(self) -> PositionState:
+        """Return the state of the positions read, without keys and values."""
+        return PositionState(self.length, cast(Tensor, self.count), tuple(self.states.items()))
 
     def index(self, slot: Slot) -> int:
         """Return the number of a slot's layer; a new slot gets the next number."""

@@ -19,14 +19,15 @@ BLOCK = 64  # positions whose random state is drawn at once
 
 
 class FeedbackState(NamedTuple):
-    """State of a recursion after a pass, which a later call can go on from.
+    """State of a recursion after a pass, which a later call can go on from with more passes.
 
-    Detach it to carry it from one training step to the next. `torch.save(tuple(state))` saves it.
+    Of a model that goes position by position, it is the state behind the last one, and a later call goes on with more
+    positions. Detach it to carry it from one training step to the next. `torch.save(state.plain())` saves it.
     """
 
     h: Tensor  # [B, T, D] what is read, and fed back with feedback_signal="state"
     y: Tensor | None = None  # [B, T, D] g(h), whose prediction is fed back with feedback_signal="output"
-    cell: Any = None  # what the cell keeps beside h: a state of each recurrent layer, or the fast latent
+    cell: Any = None  # what is kept beside h: a state of each recurrent layer, the fast latent, or a PositionState
 
     def map(self, change: Callable[[Tensor], Tensor]) -> FeedbackState:
         """Return the state with `change` applied to each tensor."""
@@ -34,9 +35,20 @@ class FeedbackState(NamedTuple):
         def walk(value: Any) -> Any:
             if isinstance(value, Tensor):
                 return change(value)
-            return None if value is None else tuple(walk(each) for each in value)
+            if not isinstance(value, tuple):
+                return value
+            made = [walk(each) for each in value]
+            return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
 
-        return FeedbackState(*walk(tuple(self)))
+        return walk(self)
+
+    def plain(self) -> tuple[Any, ...]:
+        """Return the state as tuples of tensors, which torch.load reads without a class of this package."""
+
+        def walk(value: Any) -> Any:
+            return tuple(walk(each) for each in value) if isinstance(value, tuple) else value
+
+        return walk(tuple(self))
 
     def detach(self) -> FeedbackState:
         """Return the state without its gradient."""

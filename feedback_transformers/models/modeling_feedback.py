@@ -20,7 +20,7 @@ from typing_extensions import Self
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import PACKED, check_positions, check_types, named_arguments
 from .feedback_backbones import BACKBONES, Family, attention_of, base_class, family_member
-from .feedback_cache import Context, FeedbackCache
+from .feedback_cache import Context, FeedbackCache, PositionState
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
@@ -295,7 +295,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
                 that see each other.
             prefix_ids: [B], which of the `num_prefixes` a row begins with; 0 where left out.
             feedback_state: the state to begin with, such as the `feedback_state` that a call returned: k passes and
-                then K - k more are K passes. Without it, `initial_state` of the config.
+                then K - k more are K passes. Without it, `initial_state` of the config. Position by position, the call
+                goes on with more positions; a model with attention needs `past_key_values` for that.
             num_feedback_steps: passes of this call instead of the config's (depth axis, or solvers that make passes).
             predict: a head's map from y to its logits.
             embed_output: a head's map from y to its prediction, embedded; without it that of tokens.
@@ -311,7 +312,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
-        cache = self.make_cache(past_key_values, use_cache)
+        returned = cache = self.make_cache(past_key_values, use_cache)
+        if not self.config.in_passes:
+            cache, feedback_state = self.cache_after(feedback_state, cache), None
+            returned = None if returned is None else cache
         text = embedded.shape[1]
         if self.prefixes is not None:
             embedded, attention_mask = self.with_prefix(embedded, attention_mask, prefix_ids)
@@ -349,9 +353,13 @@ class FeedbackModel(FeedbackPreTrainedModel):
         looped = self.loop(e, context, readout, num_feedback_steps, every_step, start)
         if cache is not None:
             cache.advance(context, keep_mask=self.has_attention)
+            if not self.config.in_passes and not self.has_attention and looped.state is None:
+                looped = looped._replace(state=FeedbackState(looped.states[-1], None, cache.position_state()))
 
-        def put_back(x: Tensor) -> Tensor:
-            return scatter(x, order)
+        def put_back(state: FeedbackState) -> FeedbackState:
+            if not self.config.in_passes:
+                return state._replace(h=scatter(state.h, order))
+            return state.map(lambda x: scatter(x, order))
 
         outputs = tuple(scatter(y, order)[:, -text:] for y in looped.outputs)
         hidden = None
@@ -359,7 +367,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             hidden = (*(scatter(x, order)[:, -text:] for x in (embedded, e, *looped.states)), outputs[-1])
         return FeedbackModelOutput(
             last_hidden_state=outputs[-1],
-            past_key_values=cache,
+            past_key_values=returned,
             hidden_states=hidden,
             feedback_states=outputs if len(outputs) > 1 or every_step else None,
             num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order)[:, -text:],
@@ -367,7 +375,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             and tuple(scatter(p, order)[:, -text:] for p in looped.probabilities),
             halting_loss=None if looped.halting_loss is None else scatter(looped.halting_loss, order)[:, -text:],
             halting_logits=looped.halting_logits,
-        ).with_state(looped.state if order is None or looped.state is None else looped.state.map(put_back))
+        ).with_state(looped.state if order is None or looped.state is None else put_back(looped.state))
 
     def with_prefix(
         self, embedded: Tensor, attention_mask: Tensor | None, prefix_ids: Tensor | None
@@ -404,8 +412,6 @@ class FeedbackModel(FeedbackPreTrainedModel):
         """Return the state that a call begins with, in the order of its positions."""
         if state is None:
             return None
-        if not self.config.in_passes:
-            raise ValueError("feedback_state is of passes, and this model goes position by position: use its cache.")
         if self.config.feedback_connection == "memory":
             raise ValueError(
                 "feedback_state holds no memory of past positions, which feedback_connection='memory' reads."
@@ -419,6 +425,25 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if state.h.shape != e.shape:
             raise ValueError(f"feedback_state is of {[*state.h.shape]} and the input of {[*e.shape]}.")
         return state.map(lambda x: gather(x, order))
+
+    def cache_after(self, state: FeedbackState | None, cache: FeedbackCache | None) -> FeedbackCache | None:
+        """Return the cache of a call position by position, which goes on from a state.
+
+        A model without attention has one in any case, for the state that the call returns.
+        """
+        if state is None:
+            keeps = not self.has_attention and self.config.is_causal and not torch.compiler.is_compiling()
+            return FeedbackCache() if cache is None and keeps else cache
+        if self.has_attention or not self.config.is_causal:
+            raise ValueError("feedback_state holds no keys and values, which attention reads: use past_key_values.")
+        if cache is not None and cache.length > 0:
+            raise ValueError("feedback_state and past_key_values both say what was read: give one of them.")
+        kept = FeedbackState(*state).cell
+        if not isinstance(kept, tuple) or len(kept) != 3 or not isinstance(kept[0], int):
+            raise ValueError(
+                "feedback_state is of passes, and this model goes position by position: give one of its own."
+            )
+        return FeedbackCache.after(PositionState(*kept))
 
     def make_cache(self, cache: FeedbackCache | None, use_cache: bool | None) -> FeedbackCache | None:
         if cache is not None and not isinstance(cache, FeedbackCache):

@@ -184,7 +184,7 @@ class CarryState(TrainerCallback):
         """Return what the next step needs, as tensors and tuples."""
         return {
             "rows": self.rows,
-            "state": None if self.state is None else plain(self.state),
+            "state": None if self.state is None else self.state.plain(),
             "done": self.done,
             "answers": self.answers,
         }
@@ -194,11 +194,6 @@ class CarryState(TrainerCallback):
         self.rows = saved["rows"]
         self.state = None if saved["state"] is None else FeedbackState(*saved["state"])
         self.done, self.answers = saved["done"], saved["answers"]
-
-
-def plain(value: Any) -> Any:
-    """Return NamedTuples as tuples, which torch.load reads without their classes."""
-    return tuple(plain(each) for each in value) if isinstance(value, tuple) else value
 
 
 def tensors(value: Any) -> list[Tensor]:
