@@ -28,6 +28,12 @@ TYPES: dict[str, Any] = {
     "hrm_text": lambda official, names: "hrm_text",
     "huginn_raven": huginn.kind_of,
 }
+# model_type, or _class_name, of a published config that is known and not built -> its name, and what is missing here
+NOT_BUILT = dict.fromkeys(
+    ("parcae", "ParcaeConfig"),
+    "A Parcae has value embeddings with gates, norms of queries and keys without weights, a squared ReLU and a "
+    "projection behind the loop, which are not built here: only its injection is, as feedback_connection='decay'.",
+)
 DOWNLOADS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -37,12 +43,20 @@ def family_of(official: Official, names: Collection[str]) -> Family:
     Raises:
         ValueError: no family here has such a config.
     """
+    check_built(official)
     kind = official.get("model_type")
     if kind in TYPES:
         return FAMILIES[TYPES[kind](official, names)]
     if "puzzle_emb_ndim" in official:
         return FAMILIES[trm.kind_of(official, names)]
     raise ValueError(f"A config of type {kind!r} is of no family that loads here: {', '.join(FAMILIES)}.")
+
+
+def check_built(official: Official) -> None:
+    """Raise ValueError for a published config that is known, and asks for what is not built."""
+    for name in (official.get("model_type"), official.get("_class_name")):
+        if name in NOT_BUILT:
+            raise ValueError(NOT_BUILT[name])
 
 
 def convert(official: Official, weights: Weights, family: str | None = None, head: Any = None, **options: Any) -> Any:
@@ -216,6 +230,7 @@ def convert_checkpoint(cls: Any, name: Any, **options: Any) -> Any:
     folder = Path(str(name))
     if not (folder / "all_config.yaml").is_file():
         official, _ = PreTrainedConfig.get_config_dict(name, **downloads)
+        check_built(official)
         if not is_published(official):
             return None
     official, weights = load_official(name, **downloads)

@@ -161,8 +161,9 @@ class FeedbackConfig(PreTrainedConfig):
             embedded again; or `"none"`, for a feed-forward control whose connection reads the input in place of the
             past. The control has the same size, but for weights that only feedback has.
         feedback_connection: how feedback enters: `"gate"`, a gated sum (the usual choice); `"add"`, a plain sum;
-            `"concat"`, a projection of both; `"replace"`, the signal alone; `"sum"`, both without weights; or
-            `"memory"`, one memory that all layers attend to, for transformers along time.
+            `"concat"`, a projection of both; `"replace"`, the signal alone; `"sum"`, both without weights;
+            `"decay"`, a learned share of the signal below 1 and a projection of the input (Parcae); or `"memory"`, one
+            memory that all layers attend to, for transformers along time.
         feedback_recursion: what a step makes of the state: `"single"`, one latent; `"hierarchical"`, a slow and a fast
             latent (HRM, TRM); `"refinement"`, one latent, with the input and then once without (TRM with a single z).
         num_low_steps: steps of the fast latent within a step of the slow one (L_cycles).

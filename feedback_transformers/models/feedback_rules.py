@@ -381,7 +381,7 @@ def recursions(config: Any) -> Iterator[str]:
             feedback_axis=("depth",),
             feedback_signal=("state",),
             feedback_type=("transformer", "mlp"),
-            feedback_connection=("sum", "replace", "add", "gate", "concat"),
+            feedback_connection=("sum", "replace", "add", "gate", "concat", "decay"),
         )
     if kind == "refinement" and state == "zeros":
         yield "feedback_recursion='refinement' thinks over a latent that is there: set initial_state='learned'."
