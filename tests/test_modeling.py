@@ -76,6 +76,13 @@ VARIANTS |= {
         "feedback_type": "mlp",
         "share_levels": True,
     },
+    "levels-relaxed-random": {**LEVELS, "initial_state": "random", "relaxation": 0.7, "state_noise": 0.01},
+    "refinement-relaxed-decay": {
+        **LEVELS,
+        "feedback_recursion": "refinement",
+        "feedback_connection": "decay",
+        "relaxation": 0.7,
+    },
     "refinement-gate": {**LEVELS, "feedback_recursion": "refinement", "feedback_connection": "gate"},
     "select": {"halting": "select", "halting_threshold": 0.6, "num_feedback_steps": 5},
     "select-output": {"halting": "select", "halting_threshold": 0.6, "feedback_signal": "output"},

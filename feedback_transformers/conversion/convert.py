@@ -47,7 +47,7 @@ def family_of(official: Official, names: Collection[str]) -> Family:
     kind = official.get("model_type")
     if kind in TYPES:
         return FAMILIES[TYPES[kind](official, names)]
-    if "puzzle_emb_ndim" in official:
+    if trm.is_puzzle(official):
         return FAMILIES[trm.kind_of(official, names)]
     raise ValueError(f"A config of type {kind!r} is of no family that loads here: {', '.join(FAMILIES)}.")
 
@@ -159,6 +159,7 @@ COMPARED = (
     *("halting", "embedding_scale", "is_causal", "prefix_lm", "num_prefix_tokens", "tie_word_embeddings"),
     *("num_feedback_steps", "supervision_interval", "halting_scope", "initial_state_scale", "shared_step_cache"),
     *("mixer_size", "num_prefixes", "encoder_type", "decoder_type", "feedback_interval"),
+    *("relaxation", "initial_state_cut"),
 )
 
 
@@ -198,7 +199,11 @@ def read_weights(name: str | Path, **downloads: Any) -> Weights:
 
 
 def puzzle_folder(folder: Path) -> tuple[Official, Weights]:
-    """Read a folder of HRM's or TRM's training: all_config.yaml, and the last step_N."""
+    """Read a folder of a puzzle model's training: all_config.yaml, and the last step_N.
+
+    Raises:
+        ValueError: the weights are missing, or nothing tells how many cells a puzzle has.
+    """
     import yaml
 
     written = yaml.safe_load((folder / "all_config.yaml").read_text(encoding="utf-8"))
@@ -209,13 +214,20 @@ def puzzle_folder(folder: Path) -> tuple[Official, Weights]:
     official = {**written["arch"], **{name: written[name] for name in ("seq_len", "vocab_size") if name in written}}
     plainly = {name.split("inner.")[-1]: weight for name, weight in weights.items()}
     official.setdefault("vocab_size", len(plainly["embed_tokens.embedding_weight"]))
-    official.setdefault("num_puzzle_identifiers", len(plainly["puzzle_emb.weights"]))
+    if (puzzles := plainly.get("puzzle_emb.weights")) is not None:
+        official.setdefault("num_puzzle_identifiers", len(puzzles))
+    if (mixer := plainly.get("L_level.layers.0.mlp_t.down_proj.weight")) is not None:
+        official.setdefault("seq_len", len(mixer) - trm.prefix_length(official))
+    if "seq_len" not in official:
+        raise ValueError(
+            f"{folder}/all_config.yaml lacks seq_len: add a puzzle's number of cells, such as seq_len: 81."
+        )
     return official, weights
 
 
 def is_published(config: dict[str, Any]) -> bool:
     """Return whether a config is a published one that loads here."""
-    return config.get("model_type") in TYPES or "puzzle_emb_ndim" in config
+    return config.get("model_type") in TYPES or trm.is_puzzle(config)
 
 
 def convert_checkpoint(cls: Any, name: Any, **options: Any) -> Any:
