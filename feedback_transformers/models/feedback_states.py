@@ -6,6 +6,7 @@ Shapes: B batch, T positions, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,15 +93,15 @@ class Random(InitialState):
         if scale == 0:
             return torch.zeros_like(e)
         most = self.config.initial_state_cut * scale
-        bounds = {"std": scale, "a": -most, "b": most}
+        draw = partial(nn.init.trunc_normal_, std=scale, a=-most, b=most)
         if self.training:
-            return nn.init.trunc_normal_(torch.empty_like(e), **bounds)
+            return draw(torch.empty_like(e))
         needed, index = (context.position_ids.cpu() // BLOCK).unique(return_inverse=True)
         blocks = torch.empty(len(needed), BLOCK, e.shape[-1], device="cpu")  # the same on every device
         for number, block in zip(needed.tolist(), blocks, strict=True):
             generator = torch.Generator().manual_seed(self.config.initial_state_seed + number)
             for _ in range(latent + 1):  # each latent has the draw behind that of the one before
-                nn.init.trunc_normal_(block, **bounds, generator=generator)
+                draw(block, generator=generator)
         return blocks[index, context.position_ids.cpu() % BLOCK].to(e)
 
 
