@@ -62,6 +62,7 @@ VARIANTS |= {
     "sum-output": {"feedback_connection": "sum", "feedback_signal": "output"},
     "random": {**PARTS, "initial_state": "random"},
     "decay": {"feedback_connection": "decay", **PARTS},
+    "decay-layerwise": {"feedback_connection": "decay", "feedback_recursion": "layerwise", "num_feedback_layers": 2},
     "decay-time": {"feedback_connection": "decay", "feedback_axis": "time", "feedback_type": "gru"},
     "pass-norm-gru": {"feedback_type": "gru", "output_norm": "pass", **PARTS},
     "pass-norm-time": {"feedback_axis": "time", "output_norm": "pass"},
@@ -84,6 +85,23 @@ VARIANTS |= {
         "relaxation": 0.7,
     },
     "refinement-gate": {**LEVELS, "feedback_recursion": "refinement", "feedback_connection": "gate"},
+    **{
+        f"layerwise-{axis}-{kind}": {
+            "feedback_recursion": "layerwise",
+            "feedback_axis": axis,
+            "feedback_type": kind,
+            "num_feedback_layers": 3,
+            "feedback_signal": signal,
+        }
+        for axis, kind, signal in (
+            ("time", "transformer", "state"),
+            ("time", "lstm", "output"),
+            ("time", "conv", "state"),
+            ("depth", "transformer", "output"),
+            ("depth", "gru", "state"),
+            ("depth", "mlp", "none"),
+        )
+    },
     "select": {"halting": "select", "halting_threshold": 0.6, "num_feedback_steps": 5},
     "select-output": {"halting": "select", "halting_threshold": 0.6, "feedback_signal": "output"},
     "levels-converged": {**LEVELS, "halting": "converged", "halting_threshold": 0.5, "num_feedback_steps": 5},

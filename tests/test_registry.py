@@ -13,12 +13,14 @@ from conftest import assert_close, build, dataset, tokens
 from test_hub import run_elsewhere
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from feedback_transformers import FeedbackForCausalLM, FeedbackModel, register
+from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackModel, register
 from feedback_transformers.models import feedback_registry
+from feedback_transformers.models.feedback_names import CHOICES
 from feedback_transformers.models.feedback_scan import scan, scan_reference
+from feedback_transformers.models.feedback_solvers import SOLVERS, solver_of
 
 CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
-(LEAKY,) = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+LEAKY, TWICE, TURNED = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
 PARTS = """
 import torch
 from torch import nn
@@ -114,7 +116,7 @@ def own(tmp_path, monkeypatch, registries):
 
     yield load
     for name in set(sys.modules) - modules:
-        if name in ("leaky", "parts") or name.endswith((".leaky", ".parts")):
+        if name.rpartition(".")[2] in ("leaky", "parts", "twice", "turned"):
             del sys.modules[name]
 
 
@@ -168,6 +170,51 @@ def test_the_code_travels(own, tmp_path):
     assert torch.equal(twice(tokens()), 2 * twice.embed_tokens(tokens()))
 
 
+@pytest.mark.parametrize("field", feedback_registry.REGISTRIES)
+def test_the_config_knows_the_names_of_all_parts(field):
+    other = {"halting": {"fixed"}}.get(field, set())  # for which there is nothing to build
+    assert set(CHOICES[field]) == set(feedback_registry.REGISTRIES[field]) | other
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_config_knows_which_solvers_make_passes(solver):
+    kind = {"feedback_type": "min_gru", "feedback_signal": "none"} if solver == "newton" else {}
+    config = FeedbackConfig(feedback_axis="time", solver=solver, **kind)
+    assert config.in_passes == SOLVERS[solver].makes_passes == solver_of(config).makes_passes
+
+
+def test_a_registered_recursion_and_halting(own, tmp_path):
+    """They equal what their examples say, and travel."""
+    own("twice", TWICE)
+    own("turned", TURNED)
+    model = build(feedback_recursion="twice", num_feedback_steps=1, feedback_connection="add")
+    base, e = model.model, torch.randn(2, 13, 32)
+    context, _ = base.make_context(e, None, None, None)
+    zeros = torch.zeros_like(e)
+    first = base.loop.cell(base.loop.connect(e, zeros, context), context)
+    expected = base.loop.cell(base.loop.connect(e, first, context), context)
+    assert_close(base.loop.step(e, None, None, context, 0)[0], expected, 1e-6)
+    cached = model.generate(tokens(1), max_new_tokens=4, do_sample=False)
+    assert torch.equal(cached, model.generate(tokens(1), max_new_tokens=4, do_sample=False, use_cache=False))
+
+    shape = {"is_causal": False, "initializer_range": 0.5}  # so that no position reads what another halted at
+    before, h = build(FeedbackModel, num_feedback_steps=2, **shape)(tokens(), output_hidden_states=True).hidden_states[
+        2:4
+    ]
+    alike = torch.cosine_similarity(h, before, dim=-1)
+    halting = build(
+        FeedbackModel, halting="turned", halting_threshold=alike.median().item(), num_feedback_steps=6, **shape
+    )
+    assert torch.equal(halting(tokens()).num_feedback_steps == 2, alike >= alike.median())
+    halting = build(halting="turned", halting_threshold=0.9, num_feedback_steps=6)
+    save(model, tmp_path / "models" / "1")
+    save(halting, tmp_path / "models" / "2")
+    assert run_elsewhere(ELSEWHERE, tmp_path / "models", folder=tmp_path).splitlines() == [
+        "transformer twice.py",
+        "transformer turned.py",
+    ]
+
+
 def test_where_the_package_is_its_code_needs_trust(own, tmp_path):
     own("leaky", LEAKY)
     save(build(feedback_type="leaky"), tmp_path / "it")
@@ -188,8 +235,8 @@ def test_a_checkpoint_without_registered_parts_is_as_before(tmp_path):
 
 
 def test_what_cannot_be_registered_is_refused(own, tmp_path, caplog):
-    with pytest.raises(ValueError, match="There are no parts for 'solver'; choose one of embedding_type"):
-        register("solver", "mine")
+    with pytest.raises(ValueError, match="There are no parts for 'num_labels'; choose one of embedding_type"):
+        register("num_labels", "mine")
     with pytest.raises(ValueError, match="There is a feedback_type 'gru' already: choose another name"):
         own("leaky", LEAKY.replace('"leaky"', '"gru"'))
     own("parts", PARTS.replace("import torch\n", "from feedback_transformers import hub\n", 1))

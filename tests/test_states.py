@@ -22,6 +22,8 @@ KINDS = {
     "output": {"feedback_signal": "output"},
     "rnn decoder": {"feedback_signal": "output", "decoder_type": "rnn"},
     "hierarchical": {"feedback_recursion": "hierarchical", **LEVELS},
+    "layerwise": {"feedback_recursion": "layerwise", "num_feedback_layers": 3},
+    "layerwise gru": {"feedback_recursion": "layerwise", "num_feedback_layers": 2, "feedback_type": "gru"},
     "refinement": {"feedback_recursion": "refinement", **LEVELS},
     "relaxed": {"feedback_recursion": "hierarchical", "relaxation": 0.7, **LEVELS},
     "relaxed, random": {"feedback_recursion": "hierarchical", "relaxation": 0.7, **LEVELS, "initial_state": "random"},

@@ -164,8 +164,9 @@ class FeedbackConfig(PreTrainedConfig):
             `"concat"`, a projection of both; `"replace"`, the signal alone; `"sum"`, both without weights;
             `"decay"`, a learned share of the signal below 1 and a projection of the input (Parcae); or `"memory"`, one
             memory that all layers attend to, for transformers along time.
-        feedback_recursion: what a step makes of the state: `"single"`, one latent; `"hierarchical"`, a slow and a fast
-            latent (HRM, TRM); `"refinement"`, one latent, with the input and then once without (TRM with a single z).
+        feedback_recursion: what a step makes of the state: `"single"`, one latent; `"layerwise"`, every layer reads
+            what the layer above it made one step ago; `"hierarchical"`, a slow and a fast latent (HRM, TRM);
+            `"refinement"`, one latent, with the input and then once without (TRM with a single z).
         num_low_steps: steps of the fast latent within a step of the slow one (L_cycles).
         share_levels: whether the slow and the fast latent have one stack of layers, as in TRM.
         relaxation: λ of the recursions `"hierarchical"` and `"refinement"`, above 0 and at most 1: each application of
@@ -366,6 +367,15 @@ class FeedbackConfig(PreTrainedConfig):
             self.norm_eps = eps_of(self.backbone_config)
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    # transformers looks for each name in attribute_map first; a generated token would wait for that a hundred times.
+    __getattribute__ = object.__getattribute__
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the field that a name of `attribute_map` means."""
+        if name not in type(self).attribute_map:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self, type(self).attribute_map[name])
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a field as in transformers; refuse, as the constructor does, names that no part would read."""

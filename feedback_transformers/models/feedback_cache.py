@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class Slot(NamedTuple):
         """Return the same slot of the pass before."""
         return self._replace(step=int(self.step) - 1)
 
+    @lru_cache(maxsize=4096)  # noqa: B019  (a slot is a value, and there are few)
     def key(self) -> str:
         """Name the slot, as `cell/2/0/`: what exporters save of a cache is JSON, whose keys are strings."""
         return "".join(f"{name}/" for name in (self.part, self.step, *self.within) if name != "")
@@ -264,11 +266,18 @@ class Context:
 
     def for_part(self, part: str, step: int | str = "") -> Context:
         """Return the context of the same positions for a part, in a pass."""
-        return replace(self, slot=Slot(part, step))
+        return self.at(Slot(part, step))
 
     def within(self, *names: int | str) -> Context:
         """Return the context of the same positions for a level or a layer of this part."""
-        return replace(self, slot=self.slot.inner(*names))
+        return self.at(self.slot.inner(*names))
+
+    def at(self, slot: Slot) -> Context:
+        """Return the same with another slot, made without __init__, as each layer of each pass asks for it."""
+        other = object.__new__(Context)
+        other.__dict__.update(self.__dict__)
+        other.slot = slot
+        return other
 
     def span(self, start: int, stop: int) -> Context:
         """Return the context of the positions from `start` to `stop` of this call."""

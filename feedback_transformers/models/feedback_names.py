@@ -30,7 +30,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "feedback_axis": ("time", "depth"),
     "feedback_signal": ("state", "output", "none"),
     "feedback_connection": ("gate", "add", "concat", "replace", "sum", "decay", "memory"),
-    "feedback_recursion": ("single", "hierarchical", "refinement"),
+    "feedback_recursion": ("single", "layerwise", "hierarchical", "refinement"),
     "initial_state": ("zeros", "input", "learned", "random"),
     "norm_placement": ("family", "pre", "sandwich", "residual_sandwich", "post"),
     "output_norm": ("decoder", "around_decoder", "pass", "none"),

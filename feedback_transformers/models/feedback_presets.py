@@ -6,11 +6,8 @@ and MLP, SwiGLU, rotary positions), a norm of the fed-back signal, a first pass 
 readout. Each comment names further differences.
 """
 
+import warnings
 from typing import Any
-
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
 
 # The whole model is the loop, and what is fed back replaces the input.
 LOOPED: dict[str, Any] = {
@@ -220,7 +217,8 @@ class Presets(dict[str, dict[str, Any]]):
     def __missing__(self, name: str) -> dict[str, Any]:
         if name not in RENAMED:
             raise KeyError(name)
-        logger.warning_once(f"The preset {name!r} is called {RENAMED[name]!r} now: use that name.")
+        sentence = f"The preset {name!r} is called {RENAMED[name]!r} now: use that name."
+        warnings.warn(sentence, FutureWarning, stacklevel=3)
         return self[RENAMED[name]]
 
     def named(self, name: str) -> dict[str, Any]:

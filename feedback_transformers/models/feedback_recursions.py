@@ -7,6 +7,7 @@ Shapes: e, φ and h are [B, T, D].
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -17,10 +18,18 @@ from transformers import initialization as init
 from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context
 from .feedback_cells import State, make_cell
+from .feedback_connections import CONNECTIONS
 from .feedback_layers import make_norm
 from .feedback_states import INITIAL_STATES, InitialState
 
 Connect = Callable[[Tensor | None], Tensor]  # φ -> c(e, φ)
+
+
+class LayerStates(NamedTuple):
+    """What the layers of a step leave for the next one; the last layer's output is h itself."""
+
+    above: tuple[Tensor, ...]  # [B, T, D] of each layer but the first, along time [B, D] of the last position
+    own: tuple[Any, ...] = ()  # the recurrent state of each layer, in depth
 
 
 class LowState(NamedTuple):
@@ -48,6 +57,90 @@ class Recursion:
     ) -> tuple[Tensor, State]:
         """Return h after a step on the depth axis, and the state beside it."""
         return cell.step(connect(signal), state, context)
+
+    @staticmethod
+    def along(cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, context: Context) -> Tensor:
+        """Return h of a step on the time axis; what it leaves to the next one stays in the cache."""
+        return cell(connect(signal), context)
+
+
+class Ladder(nn.Module):
+    """Cells of one layer each, and a connection before each but the first, whose connection is the loop's."""
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        one = copy.copy(config)
+        object.__setattr__(one, "num_feedback_layers", 1)
+        self.layers = nn.ModuleList(make_cell(one) for _ in range(config.num_feedback_layers))
+        connection = CONNECTIONS[config.feedback_connection]
+        self.connections = nn.ModuleList(connection(config) for _ in range(config.num_feedback_layers - 1))
+
+
+class Layerwise(Recursion):
+    """Every layer reads what the layer above it made one step ago, and the last one reads φ:
+
+    x^l_t = f_l( c_l(x^{l-1}_t, x^{l+1}_{t-1}) )    x^0 = e    x^{L+1} = φ    h = x^L
+    """
+
+    @staticmethod
+    def cell(config: FeedbackConfig) -> nn.Module:
+        return Ladder(config)
+
+    @staticmethod
+    def step(
+        cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, state: State, context: Context
+    ) -> tuple[Tensor, State]:
+        known = None if state is None else LayerStates(*state)
+        own: Any = [None] * len(cell.layers) if known is None or not known.own else known.own
+        states: list[Any] = []
+
+        def run(number: int, x: Tensor) -> Tensor:
+            h, new = cell.layers[number].step(x, own[number], context.within("layer", number))
+            states.append(new)
+            return h
+
+        made = Layerwise.climb(cell, config, connect, signal, None if known is None else known.above, run)
+        return made[-1], LayerStates(tuple(made[1:]), tuple(states))
+
+    @staticmethod
+    def along(cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, context: Context) -> Tensor:
+        place = context.within("above")
+        held = None if config.feedback_signal == "none" else place.state()
+
+        def run(number: int, x: Tensor) -> Tensor:
+            return cell.layers[number](x, context.within("layer", number))
+
+        made = Layerwise.climb(cell, config, connect, signal, held and tuple(x[:, None] for x in held), run)
+        if config.feedback_signal != "none" and len(made) > 1:
+            above = tuple(x[:, -1] for x in made[1:])
+            if context.mask is not None:  # padding leaves the state as it is
+                old = held or tuple(torch.zeros_like(x) for x in above)
+                above = tuple(torch.where(context.mask[:, -1:], *pair) for pair in zip(above, old, strict=True))
+            place.keep(above)
+        return made[-1]
+
+    @staticmethod
+    def climb(
+        cell: Any,
+        config: FeedbackConfig,
+        connect: Connect,
+        signal: Tensor | None,
+        above: tuple[Tensor, ...] | None,
+        run: Callable[[int, Tensor], Tensor],
+    ) -> list[Tensor]:
+        """Return the output of every layer; `above` are those of all but the first, one step ago."""
+        last = len(cell.layers) - 1
+        made: list[Tensor] = []
+        for number in range(last + 1):
+            read = signal if number == last else None if above is None else above[number]
+            if number == 0:
+                x = connect(read)
+            elif config.feedback_signal == "none":
+                x = cell.connections[number - 1](made[-1], made[-1])
+            else:
+                x = cell.connections[number - 1](made[-1], torch.zeros_like(made[-1]) if read is None else read)
+            made.append(run(number, x))
+        return made
 
 
 def relaxed(config: FeedbackConfig, before: Tensor, made: Tensor, training: bool) -> Tensor:
@@ -143,6 +236,7 @@ class Refinement(Recursion):
 
 RECURSIONS: dict[str, type[Recursion]] = {
     "single": Recursion,
+    "layerwise": Layerwise,
     "hierarchical": Hierarchical,
     "refinement": Refinement,
 }

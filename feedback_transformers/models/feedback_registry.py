@@ -1,4 +1,4 @@
-"""Register parts of your own: a cell, a connection, an encoder, a decoder or an embedding.
+"""Register parts of your own: a cell, a connection, a recursion, a halting rule, or any other kind of REGISTRIES.
 
     @register("feedback_type", "leaky")
     class Leaky(Recurrence): ...
@@ -28,8 +28,12 @@ from .feedback_connections import CONNECTIONS
 from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
+from .feedback_halting import HALTING
 from .feedback_names import CHOICES, RECURRENT_TYPES, REGISTERED
+from .feedback_recursions import RECURSIONS
 from .feedback_scan import RECURRENCES, Recurrence
+from .feedback_solvers import SOLVERS
+from .feedback_states import INITIAL_STATES
 
 logger = logging.get_logger(__name__)
 
@@ -40,6 +44,10 @@ REGISTRIES: dict[str, dict[str, Any]] = {
     "encoder_type": ENCODERS,
     "feedback_type": CELLS,
     "feedback_connection": CONNECTIONS,
+    "feedback_recursion": RECURSIONS,
+    "initial_state": INITIAL_STATES,
+    "solver": SOLVERS,
+    "halting": HALTING,
     "decoder_type": DECODERS,
 }
 # What a file of a checkpoint may not import, since the package need not be there; and what that becomes.
@@ -54,11 +62,12 @@ DOWNLOADS = ("cache_dir", "force_download", "local_files_only", "revision", "sub
 def register(field: str, name: str) -> Callable[[Part], Part]:
     """Enter the class below as `name`, so that FeedbackConfig(**{field: name}) builds it.
 
-    A class is built as those of the package are: a cell and a connection from the config; an encoder and a decoder
-    from the config, a number of layers and whether they are causal; a `Recurrence` from its size.
+    A class is built as those of the package are: a cell, a connection, an initial state and a halting rule from the
+    config; an encoder and a decoder from the config, a number of layers and whether they are causal; a `Recurrence`
+    from its size; a solver from the loop. A recursion has static methods and is not built.
 
     Args:
-        field: feedback_type, feedback_connection, encoder_type, decoder_type or embedding_type.
+        field: one of REGISTRIES, such as feedback_type, feedback_connection, feedback_recursion or halting.
         name: a word that no other part of this field has.
 
     Raises:

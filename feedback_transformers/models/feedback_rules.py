@@ -323,8 +323,8 @@ def unread(config: Any) -> Iterator[str]:
         **dict.fromkeys(
             ("num_low_steps", "relaxation", "state_noise"),
             (
-                config.feedback_recursion == "single",
-                "with feedback_recursion='single': it is for 'hierarchical' and 'refinement'",
+                config.feedback_recursion not in ("hierarchical", "refinement"),
+                f"with feedback_recursion={config.feedback_recursion!r}: it is for 'hierarchical' and 'refinement'",
             ),
         ),
         "share_levels": (
@@ -386,7 +386,16 @@ def haltings(config: Any) -> Iterator[str]:
 
 def recursions(config: Any) -> Iterator[str]:
     kind, state = config.feedback_recursion, config.initial_state
-    if kind != "single":
+    if kind == "layerwise":
+        yield from needs(
+            config,
+            "feedback_recursion='layerwise'",
+            feedback_interval=(1,),
+            solver=("sequential",),
+            feedback_connection=("gate", "add", "concat", "sum", "decay"),
+            retrofitted_from=(None,),
+        )
+    if kind in ("hierarchical", "refinement"):
         yield from needs(
             config,
             f"feedback_recursion={kind!r}",

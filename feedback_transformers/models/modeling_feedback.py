@@ -25,10 +25,11 @@ from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
 from .feedback_layers import TransformerStack, make_norm
-from .feedback_loop import FeedbackLoop, Readout
+from .feedback_loop import FeedbackLoop
 from .feedback_padding import first_real, gather, scatter
 from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
+from .feedback_solvers import Readout
 from .feedback_states import FeedbackState
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
