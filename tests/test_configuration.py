@@ -103,6 +103,9 @@ def test_steps_that_nothing_reads_are_told(axis, unread, read, monkeypatch):
         ("solver_block_size", 8, {"solver": "gauss_seidel"}),
         ("supervision", "all", {"feedback_axis": "depth"}),
         ("halting_threshold", 0.2, {"feedback_axis": "depth", "halting": "converged"}),
+        ("relaxation", 0.9, {"feedback_axis": "depth", "feedback_recursion": "hierarchical"}),
+        ("state_noise", 0.1, {"feedback_axis": "depth", "feedback_recursion": "hierarchical"}),
+        ("initial_state_cut", 2, {"feedback_axis": "depth", "initial_state": "random"}),
     ],
 )
 def test_other_options_that_nothing_reads_are_told(name, value, read_with, monkeypatch):

@@ -1,12 +1,14 @@
 """The parts against references: recurrences, connections, cache, embeddings."""
 
 import copy
+import math
 
 import pytest
 import torch
 from conftest import PRESETS_MEMORY, assert_close, build, tiny, tokens
 from torch import nn
 
+from feedback_transformers import FeedbackModel
 from feedback_transformers.models.feedback_cache import Context, FeedbackCache, Slot
 from feedback_transformers.models.feedback_connections import CONNECTIONS
 from feedback_transformers.models.feedback_scan import (
@@ -179,19 +181,31 @@ def connection(name: str):
     return module
 
 
-@pytest.mark.parametrize("name", ["gate", "add", "concat"])
+@pytest.mark.parametrize("name", ["gate", "add", "concat", "decay"])
 def test_connections_are_their_formulas(name):
     module, e, signal = connection(name), torch.randn(2, 5, 32), torch.randn(2, 5, 32)
     normed = signal / (signal.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * module.norm.weight
-    weight = module.signal_proj.weight
+    weight = module.input_proj.weight if name == "decay" else module.signal_proj.weight
     if name == "gate":
         gate = torch.sigmoid(torch.cat([e, normed], -1) @ module.gate_proj.weight.T + module.gate_proj.bias)
         expected = e + module.scale * gate * (normed @ weight.T)
     elif name == "add":
         expected = e + normed @ weight.T
+    elif name == "decay":
+        step = (1 + module.dt_bias.exp()).log()
+        expected = (-step * module.A_log.exp()).exp() * normed + step * (e @ weight.T)
     else:
         expected = torch.cat([e, normed], -1) @ weight.T
     assert_close(module(e, signal), expected, 1e-5)
+
+
+def test_decay_begins_as_its_authors_begin_it():
+    """It keeps √(1/5) of the signal, and adds -log √(1/5) of the input."""
+    torch.manual_seed(0)
+    module = FeedbackModel(tiny(feedback_connection="decay", connection_norm=False)).loop.connection
+    e, signal, kept = torch.randn(2, 5, 32), torch.randn(2, 5, 32), 0.2**0.5
+    assert_close(module(e, signal), kept * signal - math.log(kept) * e, 1e-6)
+    assert not module.A_log.any() and not module.is_closed()
 
 
 def test_memory_connection_passes_its_input():

@@ -61,6 +61,9 @@ VARIANTS |= {
     "replace": {"feedback_connection": "replace", "initial_state": "input"},
     "sum-output": {"feedback_connection": "sum", "feedback_signal": "output"},
     "random": {**PARTS, "initial_state": "random"},
+    "decay": {"feedback_connection": "decay", **PARTS},
+    "decay-layerwise": {"feedback_connection": "decay", "feedback_recursion": "layerwise", "num_feedback_layers": 2},
+    "decay-time": {"feedback_connection": "decay", "feedback_axis": "time", "feedback_type": "gru"},
     "pass-norm-gru": {"feedback_type": "gru", "output_norm": "pass", **PARTS},
     "pass-norm-time": {"feedback_axis": "time", "output_norm": "pass"},
     "around": {"output_norm": "around_decoder", "norm_placement": "residual_sandwich", "embedding_scale": 3.0},
@@ -73,6 +76,13 @@ VARIANTS |= {
         "initial_state": "input",
         "feedback_type": "mlp",
         "share_levels": True,
+    },
+    "levels-relaxed-random": {**LEVELS, "initial_state": "random", "relaxation": 0.7, "state_noise": 0.01},
+    "refinement-relaxed-decay": {
+        **LEVELS,
+        "feedback_recursion": "refinement",
+        "feedback_connection": "decay",
+        "relaxation": 0.7,
     },
     "refinement-gate": {**LEVELS, "feedback_recursion": "refinement", "feedback_connection": "gate"},
     **{
@@ -308,7 +318,7 @@ def test_feedback_is_read(cell, signal):
 
 
 @each_cell
-@pytest.mark.parametrize("connection", ["gate", "add", "concat"])
+@pytest.mark.parametrize("connection", ["gate", "add", "concat", "decay"])
 def test_none_is_a_control_of_the_same_size(cell, connection):
     for axis in ("time", "depth"):
         fields = {"feedback_type": cell, "feedback_connection": connection, "feedback_axis": axis}

@@ -50,6 +50,11 @@ def test_defaults_reach_the_loop_of_every_cell(method, cell, axis):
     assert any(".loop.connection." in name for name in learned)
 
 
+def test_lora_reaches_the_input_of_a_decaying_connection():
+    model = get_peft_model(build(feedback_connection="decay"), LoraConfig(task_type="CAUSAL_LM"))
+    assert hasattr(model.base_model.model.model.loop.connection.input_proj, "lora_A")
+
+
 @pytest.mark.parametrize("ensure", [False, True])
 def test_tied_embeddings_are_treated_as_those_of_llama(ensure):
     """Both layers are adapted with ensure_weight_tying, and PEFT warns where only one is."""

@@ -250,6 +250,15 @@ def test_what_is_not_built_is_refused_by_name(name, asked):
         FAMILIES[name].config({**config, **asked})
 
 
+@pytest.mark.parametrize("config", [{"model_type": "parcae"}, {"_class_name": "ParcaeConfig"}])
+def test_a_parcae_is_refused_by_name(config, tmp_path):
+    with pytest.raises(ValueError, match="A Parcae has value embeddings .*only its injection is"):
+        family_of(config, [])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="A Parcae has value embeddings"):
+        FeedbackForCausalLM.from_pretrained(tmp_path)
+
+
 def test_another_function_is_not_written_as_a_family():
     model = FeedbackForCausalLM(FeedbackConfig(vocab_size=20, hidden_size=32))
     with pytest.raises(ValueError, match="A ouro has num_encoder_layers=0, and this model 1"):

@@ -86,7 +86,7 @@ def test_carried_training_is_that_of_the_authors(bias):
     assert not model._forward_pre_hooks and not model.model.loop._forward_pre_hooks
 
 
-@pytest.mark.parametrize("preset", ["trm", "trm-singlez", "hrm"])
+@pytest.mark.parametrize("preset", ["trm", "trm-singlez", "hrm", "eqr"])
 def test_places_are_kept_until_their_row_is_done(preset):
     model, data = puzzle_model(preset).train(), batches(4)
     stop_with(model, -9.0)

@@ -28,6 +28,12 @@ TYPES: dict[str, Any] = {
     "hrm_text": lambda official, names: "hrm_text",
     "huginn_raven": huginn.kind_of,
 }
+# model_type, or _class_name, of a published config that is known and not built -> its name, and what is missing here
+NOT_BUILT = dict.fromkeys(
+    ("parcae", "ParcaeConfig"),
+    "A Parcae has value embeddings with gates, norms of queries and keys without weights, a squared ReLU and a "
+    "projection behind the loop, which are not built here: only its injection is, as feedback_connection='decay'.",
+)
 DOWNLOADS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -37,12 +43,20 @@ def family_of(official: Official, names: Collection[str]) -> Family:
     Raises:
         ValueError: no family here has such a config.
     """
+    check_built(official)
     kind = official.get("model_type")
     if kind in TYPES:
         return FAMILIES[TYPES[kind](official, names)]
-    if "puzzle_emb_ndim" in official:
+    if trm.is_puzzle(official):
         return FAMILIES[trm.kind_of(official, names)]
     raise ValueError(f"A config of type {kind!r} is of no family that loads here: {', '.join(FAMILIES)}.")
+
+
+def check_built(official: Official) -> None:
+    """Raise ValueError for a published config that is known, and asks for what is not built."""
+    for name in (official.get("model_type"), official.get("_class_name")):
+        if name in NOT_BUILT:
+            raise ValueError(NOT_BUILT[name])
 
 
 def convert(official: Official, weights: Weights, family: str | None = None, head: Any = None, **options: Any) -> Any:
@@ -145,6 +159,7 @@ COMPARED = (
     *("halting", "embedding_scale", "is_causal", "prefix_lm", "num_prefix_tokens", "tie_word_embeddings"),
     *("num_feedback_steps", "supervision_interval", "halting_scope", "initial_state_scale", "shared_step_cache"),
     *("mixer_size", "num_prefixes", "encoder_type", "decoder_type", "feedback_interval"),
+    *("relaxation", "initial_state_cut"),
 )
 
 
@@ -184,7 +199,11 @@ def read_weights(name: str | Path, **downloads: Any) -> Weights:
 
 
 def puzzle_folder(folder: Path) -> tuple[Official, Weights]:
-    """Read a folder of HRM's or TRM's training: all_config.yaml, and the last step_N."""
+    """Read a folder of a puzzle model's training: all_config.yaml, and the last step_N.
+
+    Raises:
+        ValueError: the weights are missing, or nothing tells how many cells a puzzle has.
+    """
     import yaml
 
     written = yaml.safe_load((folder / "all_config.yaml").read_text(encoding="utf-8"))
@@ -195,13 +214,20 @@ def puzzle_folder(folder: Path) -> tuple[Official, Weights]:
     official = {**written["arch"], **{name: written[name] for name in ("seq_len", "vocab_size") if name in written}}
     plainly = {name.split("inner.")[-1]: weight for name, weight in weights.items()}
     official.setdefault("vocab_size", len(plainly["embed_tokens.embedding_weight"]))
-    official.setdefault("num_puzzle_identifiers", len(plainly["puzzle_emb.weights"]))
+    if (puzzles := plainly.get("puzzle_emb.weights")) is not None:
+        official.setdefault("num_puzzle_identifiers", len(puzzles))
+    if (mixer := plainly.get("L_level.layers.0.mlp_t.down_proj.weight")) is not None:
+        official.setdefault("seq_len", len(mixer) - trm.prefix_length(official))
+    if "seq_len" not in official:
+        raise ValueError(
+            f"{folder}/all_config.yaml lacks seq_len: add a puzzle's number of cells, such as seq_len: 81."
+        )
     return official, weights
 
 
 def is_published(config: dict[str, Any]) -> bool:
     """Return whether a config is a published one that loads here."""
-    return config.get("model_type") in TYPES or "puzzle_emb_ndim" in config
+    return config.get("model_type") in TYPES or trm.is_puzzle(config)
 
 
 def convert_checkpoint(cls: Any, name: Any, **options: Any) -> Any:
@@ -216,6 +242,7 @@ def convert_checkpoint(cls: Any, name: Any, **options: Any) -> Any:
     folder = Path(str(name))
     if not (folder / "all_config.yaml").is_file():
         official, _ = PreTrainedConfig.get_config_dict(name, **downloads)
+        check_built(official)
         if not is_published(official):
             return None
     official, weights = load_official(name, **downloads)

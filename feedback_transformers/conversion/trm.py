@@ -1,7 +1,9 @@
-"""Puzzle models: HRM (Wang et al. 2025, arXiv:2506.21734) and TRM (Jolicoeur-Martineau 2025, arXiv:2510.04871).
+"""Puzzle models: HRM (Wang et al. 2025, arXiv:2506.21734), TRM (Jolicoeur-Martineau 2025, arXiv:2510.04871) and EqR
+(Huang et al. 2026, arXiv:2605.21488).
 
 e = √D [puzzle; tokens]; each supervision step makes H_cycles passes of the hierarchical recursion, and answers
-lm_head(z_H) behind the positions of the puzzle, and q_head(z_H) at the first position.
+lm_head(z_H) behind the positions of the puzzle, and q_head(z_H) at the first position. EqR has no puzzle embedding,
+draws z_H and z_L at random, and relaxes each step.
 """
 
 from __future__ import annotations
@@ -11,10 +13,16 @@ from math import ceil, sqrt
 from typing import Any
 
 from ..models.configuration_feedback import FeedbackConfig
+from ..models.feedback_presets import EQR_SCALE
 from .families import Family, Official, enter
 from .mapping import Row, Rows, layers, refuse
 
-KINDS = ("trm", "trm_singlez", "hrm")
+SOURCES = {
+    "trm": "SamsungSAILMontreal/TinyRecursiveModels e7b6871",
+    "trm_singlez": "SamsungSAILMontreal/TinyRecursiveModels e7b6871",
+    "hrm": "sapientinc/HRM 42410da",
+    "eqr": "locuslab/EqR 4d45856",
+}
 MULTIPLE = 256  # of the width of an MLP
 
 
@@ -25,11 +33,18 @@ def width(official: Official, size: int) -> int:
 
 def prefix_length(official: Official) -> int:
     """Return the positions that a puzzle's embedding takes."""
-    return official.get("puzzle_emb_len") or ceil(official["puzzle_emb_ndim"] / official["hidden_size"])
+    return official.get("puzzle_emb_len") or ceil(official.get("puzzle_emb_ndim", 0) / official["hidden_size"])
+
+
+def is_puzzle(official: Official) -> bool:
+    """Return whether a published config is of a puzzle model."""
+    return "puzzle_emb_ndim" in official or {"lambda_", "H_cycles"} <= official.keys()
 
 
 def kind_of(official: Official, names: Collection[str]) -> str:
-    """Return which of KINDS holds weights of these names."""
+    """Return which of SOURCES holds weights of these names."""
+    if "lambda_" in official:
+        return "eqr"
     if any(".H_level." in name for name in names):
         return "hrm"
     return "trm" if any(name.endswith("H_init") for name in names) else "trm_singlez"
@@ -60,15 +75,13 @@ def rows_of(kind: str) -> Any:
             Row("mlp_t.down_proj.weight", ("mixer.mlp.down_proj.weight",)),
         ]
         low = "model.loop.cell." if kind == "trm_singlez" else "model.loop.cell.low."
-        first, low_state = "model.loop.initial_state.vector", "model.loop.cell.low_state"
+        first, low_state = ("model.loop.initial_state.vector",), ("model.loop.cell.low_state",)
+        begins = dict.fromkeys(SOURCES, [Row("H_init", first), Row("L_init", low_state)])
+        begins |= {"trm_singlez": [Row("L_init", first)], "eqr": []}
         return [
             Row("embed_tokens.embedding_weight", ("model.embeddings.embed_tokens.weight",)),
             Row("puzzle_emb.weights", ("model.prefixes.weight",)),
-            *(
-                [Row("L_init", (first,))]
-                if kind == "trm_singlez"
-                else [Row("H_init", (first,)), Row("L_init", (low_state,))]
-            ),
+            *begins[kind],
             *layers("L_level.layers.{n}.", low + "layers.{n}.", layer),
             *layers("H_level.layers.{n}.", "model.loop.cell.high.layers.{n}.", layer),
             Row("q_head.weight", ("model.loop.halting.halt_proj.weight",)),
@@ -84,7 +97,9 @@ def config_of(kind: str) -> Any:
 
     def config(official: Official) -> FeedbackConfig:
         mixes = bool(official.get("mlp_t"))
-        refuse(official, pos_encodings="none" if mixes else "rope")
+        places = "none" if mixes else "rope"
+        if not (kind == "eqr" and mixes):  # whose config names what it does not read
+            refuse({"pos_encodings": str(official.get("pos_encodings", places)).lower()}, pos_encodings=places)
         if kind == "hrm":
             refuse(official, H_layers=official["L_layers"])
         size, length = official["hidden_size"], official["seq_len"] + prefix_length(official)
@@ -98,6 +113,7 @@ def config_of(kind: str) -> Any:
             "rope_parameters": {"rope_type": "default", "rope_theta": float(official.get("rope_theta", 10000.0))},
         }
         mixer = {"token_mixer": "mlp", "mixer_size": width(official, length)} if mixes else {}
+        relaxed = relaxation_of(official) if kind == "eqr" else {}
         return FeedbackConfig.preset(
             kind.replace("_", "-"),
             vocab_size=official["vocab_size"],
@@ -108,28 +124,46 @@ def config_of(kind: str) -> Any:
             supervision_interval=official["H_cycles"],
             num_prefix_tokens=prefix_length(official),
             num_prefixes=official["num_puzzle_identifiers"] if prefix_length(official) else 1,
-            prefix_size=official["puzzle_emb_ndim"] or None,
+            prefix_size=official.get("puzzle_emb_ndim") or None,
             embedding_scale=sqrt(size),
             **mixer,
+            **relaxed,
         )
 
     return config
+
+
+def relaxation_of(official: Official) -> dict[str, Any]:
+    """Return our fields of the relaxation, the noise and the initial state of an EqR."""
+    high, low = (official.get(name, 1.0) for name in ("H_init_std", "L_init_std"))
+    refuse({"L_init_std": low}, L_init_std=high)
+    return {
+        "relaxation": official["lambda_"],
+        "state_noise": official.get("noise_scale", 0.01),
+        "initial_state_scale": high * EQR_SCALE,
+    }
 
 
 def official_of(kind: str) -> Any:
     """Return the function that makes their config of ours."""
 
     def official(config: FeedbackConfig) -> Official:
-        return {
-            "batch_size": 1,
-            "seq_len": config.max_position_embeddings - config.num_prefix_tokens,
+        puzzle = {
             "puzzle_emb_ndim": config.prefix_size or config.num_prefix_tokens * config.hidden_size,
             "puzzle_emb_len": config.num_prefix_tokens,
             "num_puzzle_identifiers": config.num_prefixes,
+        }
+        std = config.initial_state_scale / EQR_SCALE
+        relaxed = {"lambda_": config.relaxation, "noise_scale": config.state_noise}
+        relaxed |= {"H_init_std": std, "L_init_std": std}
+        return {
+            "batch_size": 1,
+            "seq_len": config.max_position_embeddings - config.num_prefix_tokens,
+            **(relaxed if kind == "eqr" else puzzle),
             "vocab_size": config.vocab_size,
             "H_cycles": config.supervision_interval,
             "L_cycles": config.num_low_steps,
-            "H_layers": config.num_feedback_layers,
+            "H_layers": 0 if kind == "eqr" else config.num_feedback_layers,
             "L_layers": config.num_feedback_layers,
             "hidden_size": config.hidden_size,
             "expansion": 1.5 * config.intermediate_size / config.hidden_size,
@@ -146,11 +180,11 @@ def official_of(kind: str) -> Any:
     return official
 
 
-for name in KINDS:
+for name, source in SOURCES.items():
     enter(
         Family(
             name,
-            "sapientinc/HRM 42410da" if name == "hrm" else "SamsungSAILMontreal/TinyRecursiveModels e7b6871",
+            source,
             config_of(name),
             rows_of(name),
             official_of(name),

@@ -161,16 +161,23 @@ class FeedbackConfig(PreTrainedConfig):
             embedded again; or `"none"`, for a feed-forward control whose connection reads the input in place of the
             past. The control has the same size, but for weights that only feedback has.
         feedback_connection: how feedback enters: `"gate"`, a gated sum (the usual choice); `"add"`, a plain sum;
-            `"concat"`, a projection of both; `"replace"`, the signal alone; `"sum"`, both without weights; or
-            `"memory"`, one memory that all layers attend to, for transformers along time.
+            `"concat"`, a projection of both; `"replace"`, the signal alone; `"sum"`, both without weights;
+            `"decay"`, a learned share of the signal below 1 and a projection of the input (Parcae); or `"memory"`, one
+            memory that all layers attend to, for transformers along time.
         feedback_recursion: what a step makes of the state: `"single"`, one latent; `"layerwise"`, every layer reads
             what the layer above it made one step ago; `"hierarchical"`, a slow and a fast latent (HRM, TRM);
             `"refinement"`, one latent, with the input and then once without (TRM with a single z).
         num_low_steps: steps of the fast latent within a step of the slow one (L_cycles).
         share_levels: whether the slow and the fast latent have one stack of layers, as in TRM.
+        relaxation: λ of the recursions `"hierarchical"` and `"refinement"`, above 0 and at most 1: each application of
+            a stack f to a latent z gives (1 - λ) z + λ f. A smaller λ takes smaller steps (EqR).
+        state_noise: standard deviation of Gaussian noise on each latent after each application of a stack, for these
+            recursions; 0 for none. It is added in training only, and in EqR's own code in evaluation too.
         initial_state: state before the first pass in depth: `"zeros"`, `"input"` (the encoded input), `"learned"` (a
-            vector) or `"random"` (Huginn). `feedback_state` of a call replaces it.
-        initial_state_scale: standard deviation of the random state.
+            vector) or `"random"` (Huginn), by which both latents of `"hierarchical"` are drawn (EqR); otherwise the
+            fast one begins at a learned vector. `feedback_state` of a call replaces it.
+        initial_state_scale: standard deviation of the random state, before it is cut.
+        initial_state_cut: largest random state, in standard deviations.
         initial_state_seed: seed of the random state in evaluation.
         connection_norm: whether the fed-back signal is normed before it enters.
         output_norm: where the norm of the state stands: `"decoder"`, behind the decoder; `"around_decoder"`, before
@@ -291,8 +298,11 @@ class FeedbackConfig(PreTrainedConfig):
     feedback_recursion: str = "single"
     num_low_steps: int = 3
     share_levels: bool = False
+    relaxation: float | int = 1.0
+    state_noise: float | int = 0.0
     initial_state: str = "zeros"
     initial_state_scale: float | int = 1.0
+    initial_state_cut: float | int = 3.0
     initial_state_seed: int = 0
     connection_norm: bool = True
     output_norm: str = "decoder"

@@ -7,8 +7,11 @@ Shapes: e, φ(y) and the result are [B, T, D].
 
 from __future__ import annotations
 
+from math import expm1, log, sqrt
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
@@ -111,6 +114,34 @@ class SumConnection(ReplaceConnection):
         return e + self.norm(signal)
 
 
+class DecayConnection(nn.Module):
+    """exp(-Δ exp(A_log)) ∘ norm(φ) + Δ ∘ B e with Δ = softplus(dt_bias), as in Parcae with connection_norm=False.
+
+    Each channel keeps a share of its state below 1, so the linear part of a pass can't grow. The share begins at
+    √(1/5), and B at the identity. Source: DiagonalInjection of sandyresearch/parcae dee8363.
+    """
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__()
+        self.norm = signal_norm(config)
+        self.input_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.A_log = nn.Parameter(torch.empty(config.hidden_size))
+        self.dt_bias = nn.Parameter(torch.empty(config.hidden_size))
+
+    def init_parameters(self) -> None:
+        init.eye_(self.input_proj.weight)
+        init.zeros_(self.A_log)
+        init.constant_(self.dt_bias, log(expm1(-log(sqrt(1 / 5)))))
+
+    def forward(self, e: Tensor, signal: Tensor) -> Tensor:
+        step = softplus(self.dt_bias)
+        kept = torch.exp(-step * torch.exp(self.A_log))
+        return kept * self.norm(signal) + step * self.input_proj(e)
+
+    def is_closed(self) -> bool:
+        return False
+
+
 class MemoryConnection(nn.Module):
     """e alone: feedback enters through the cell's attention, which reads the shared memory of past positions."""
 
@@ -130,5 +161,6 @@ CONNECTIONS: dict[str, type[nn.Module]] = {
     "concat": ConcatConnection,
     "replace": ReplaceConnection,
     "sum": SumConnection,
+    "decay": DecayConnection,
     "memory": MemoryConnection,
 }

@@ -184,7 +184,7 @@ class FeedbackLoop(nn.Module):
     def initial(self, e: Tensor, context: Context) -> FeedbackState:
         """Return the state before the first pass over e."""
         h = torch.zeros_like(e) if self.initial_state is None else self.initial_state(e, context)
-        return FeedbackState(h, None, self.recursion.first(self.cell, e))
+        return FeedbackState(h, None, self.recursion.first(self.cell, e, self.initial_state, context))
 
     def begin(self, e: Tensor, context: Context, readout: Readout, start: FeedbackState | None) -> Pass | None:
         """Return what the first pass reads in place of a pass before it; None for zeros."""
@@ -193,6 +193,7 @@ class FeedbackLoop(nn.Module):
                 return None
             start = self.initial(e, context)
         h, y, cell = start
+        cell = self.recursion.first(self.cell, e, self.initial_state, context) if cell is None else cell
         begun = Pass(h, cell, y)
         if self.config.feedback_signal == "output" and y is not None:
             self.feed(begun, readout.embed(y), context.for_part("signal", -1))

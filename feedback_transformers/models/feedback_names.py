@@ -29,7 +29,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decoder_type": DECODER_TYPES,
     "feedback_axis": ("time", "depth"),
     "feedback_signal": ("state", "output", "none"),
-    "feedback_connection": ("gate", "add", "concat", "replace", "sum", "memory"),
+    "feedback_connection": ("gate", "add", "concat", "replace", "sum", "decay", "memory"),
     "feedback_recursion": ("single", "layerwise", "hierarchical", "refinement"),
     "initial_state": ("zeros", "input", "learned", "random"),
     "norm_placement": ("family", "pre", "sandwich", "residual_sandwich", "post"),

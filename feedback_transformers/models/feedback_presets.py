@@ -58,6 +58,8 @@ PUZZLE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 TRM: dict[str, Any] = {**PUZZLE, "num_low_steps": 6, "supervision_interval": 3, "num_feedback_steps": 48}
+# A normal distribution of this standard deviation has one of 1 once it is cut at twice this.
+EQR_SCALE = 1.1368472343385565
 
 EXACT: dict[str, dict[str, Any]] = {
     # Nanbeige4.2 (2026).
@@ -99,6 +101,17 @@ EXACT: dict[str, dict[str, Any]] = {
     # The Tiny Recursive Model (Jolicoeur-Martineau 2025, arXiv:2510.04871), and its form with a single latent.
     "trm": {**TRM, "share_levels": True},
     "trm-singlez": {**TRM, "feedback_recursion": "refinement"},
+    # The Equilibrium Reasoner (Huang et al. 2026, arXiv:2605.21488): a TRM that begins at random latents of standard
+    # deviation 1, and goes a part of the way to each new latent. Its code adds the noise in evaluation too.
+    "eqr": {
+        **TRM,
+        "share_levels": True,
+        "relaxation": 0.95,
+        "state_noise": 0.01,
+        "initial_state": "random",
+        "initial_state_scale": EQR_SCALE,
+        "initial_state_cut": 2.0,
+    },
 }
 
 OWN: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from .feedback_cache import Context
 from .feedback_cells import State, make_cell
 from .feedback_connections import CONNECTIONS
 from .feedback_layers import make_norm
+from .feedback_states import INITIAL_STATES, InitialState
 
 Connect = Callable[[Tensor | None], Tensor]  # φ -> c(e, φ)
 
@@ -46,7 +47,7 @@ class Recursion:
         return make_cell(config)
 
     @staticmethod
-    def first(cell: Any, e: Tensor) -> State:
+    def first(cell: Any, e: Tensor, begin: InitialState | None, context: Context) -> State:
         """Return the state beside h before the first pass over e; None is for the cell to begin with zeros."""
         return None
 
@@ -142,8 +143,17 @@ class Layerwise(Recursion):
         return made
 
 
+def relaxed(config: FeedbackConfig, before: Tensor, made: Tensor, training: bool) -> Tensor:
+    """Return (1 - λ) z + λ f(z) of a latent z and what a stack made of it, with noise in training (EqR)."""
+    if config.relaxation != 1:
+        made = (1 - config.relaxation) * before + config.relaxation * made
+    if training and config.state_noise:
+        made = made + config.state_noise * torch.randn_like(made)
+    return made
+
+
 class Levels(nn.Module):
-    """Stacks of a slow and a fast latent, or one stack for both, and the fast one's first state."""
+    """Stacks of a slow and a fast latent, or one stack for both, and the fast one's first state if it is learned."""
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
@@ -152,10 +162,17 @@ class Levels(nn.Module):
         end = make_norm if config.output_norm == "pass" else nn.Identity
         self.low_norm = end(config)
         self.high_norm = None if config.share_levels else end(config)
-        self.low_state = nn.Parameter(torch.empty(config.hidden_size))
+        begin = INITIAL_STATES[config.initial_state]
+        draws = begin is not None and begin.draws
+        self.low_state = None if draws else nn.Parameter(torch.empty(config.hidden_size))
 
     def init_parameters(self) -> None:
-        init.zeros_(self.low_state)
+        if self.low_state is not None:
+            init.zeros_(self.low_state)
+
+    def first(self, e: Tensor) -> LowState:
+        """Return the learned first state of the fast latent."""
+        return LowState(cast(Tensor, self.low_state).to(e.dtype).expand_as(e))
 
     def think(self, x: Tensor, context: Context) -> Tensor:
         """Run the stack of the fast latent."""
@@ -172,6 +189,8 @@ class Hierarchical(Recursion):
     """Two latents, a slow z_H = h and a fast z_L (HRM, Wang et al. 2025, arXiv:2506.21734; TRM, arXiv:2510.04871):
 
     L times z_L = f_L( z_L + c(e, z_H) ), then z_H = f_H( z_H + z_L )
+
+    With a relaxation λ, each z becomes (1 - λ) z + λ f (EqR, Huang et al. 2026, arXiv:2605.21488).
     """
 
     @staticmethod
@@ -179,8 +198,10 @@ class Hierarchical(Recursion):
         return Levels(config)
 
     @staticmethod
-    def first(cell: Any, e: Tensor) -> State:
-        return LowState(cell.low_state.to(e.dtype).expand_as(e))
+    def first(cell: Any, e: Tensor, begin: InitialState | None, context: Context) -> State:
+        if begin is None or not begin.draws:
+            return cell.first(e)
+        return LowState(begin(e, context, latent=1))
 
     @staticmethod
     def step(
@@ -188,26 +209,29 @@ class Hierarchical(Recursion):
     ) -> tuple[Tensor, State]:
         x = connect(signal)
         high = torch.zeros_like(x) if signal is None else signal
-        (low,) = Hierarchical.first(cell, x) if state is None else state
+        (low,) = cell.first(x) if state is None else state
         for number in range(config.num_low_steps):
-            low = cell.think(low + x, context.within("low", number))
-        return cell.answer(high + low, context.within("high")), LowState(low)
+            low = relaxed(config, low, cell.think(low + x, context.within("low", number)), cell.training)
+        high = relaxed(config, high, cell.answer(high + low, context.within("high")), cell.training)
+        return high, LowState(low)
 
 
 class Refinement(Recursion):
     """One latent that is thought over with the input, and then without it (TRM with a single z, arXiv:2510.04871):
 
     L times z = f( c(e, z) ), then z = f( z )
+
+    With a relaxation λ, each z becomes (1 - λ) z + λ f.
     """
 
     @staticmethod
     def step(
         cell: Any, config: FeedbackConfig, connect: Connect, signal: Tensor | None, state: State, context: Context
     ) -> tuple[Tensor, State]:
-        z = signal
+        z = cast(Tensor, signal)
         for number in range(config.num_low_steps):
-            z = cell(connect(z), context.within("low", number))
-        return cell(z, context.within("high")), None
+            z = relaxed(config, z, cell(connect(z), context.within("low", number)), cell.training)
+        return relaxed(config, z, cell(z, context.within("high")), cell.training), None
 
 
 RECURSIONS: dict[str, type[Recursion]] = {

@@ -36,7 +36,10 @@ AT_LEAST = {
     **dict.fromkeys(("patch_size", "image_size", "num_channels", "prediction_length"), 1),
 }
 LARGEST_WEIGHT = 1000  # for factors and deviations; far above it, float32 overflows
-WEIGHTS = ("feedback_noise", "initializer_range", "halting_weight", "initial_state_scale", "embedding_scale")
+WEIGHTS = (
+    *("feedback_noise", "state_noise", "initializer_range", "halting_weight"),
+    *("initial_state_scale", "embedding_scale"),
+)
 
 
 def check(config: Any) -> None:
@@ -157,6 +160,10 @@ def numbers(config: Any) -> Iterator[str]:
         value = getattr(config, name)
         if not 0 <= value <= LARGEST_WEIGHT:
             yield f"{name} is {value}; it must be 0 or more, and at most {LARGEST_WEIGHT}."
+    if not 0 < config.relaxation <= 1:
+        yield f"relaxation is {config.relaxation}; it must be above 0 and at most 1."
+    if not 0 < config.initial_state_cut <= LARGEST_WEIGHT:
+        yield f"initial_state_cut is {config.initial_state_cut}; it must be above 0 and at most {LARGEST_WEIGHT}."
     for name in ("solver_tolerance", "halting_threshold"):
         value = getattr(config, name)
         if value is not None and not 0 < value <= LARGEST_WEIGHT:
@@ -313,16 +320,21 @@ def unread(config: Any) -> Iterator[str]:
             f"with halting={config.halting!r}: it is for 'learned', 'act' and 'select'",
         ),
         "halting_scope": (config.halting != "select", f"with halting={config.halting!r}: it is for 'select'"),
-        "num_low_steps": (
-            config.feedback_recursion not in ("hierarchical", "refinement"),
-            f"with feedback_recursion={config.feedback_recursion!r}: it is for 'hierarchical' and 'refinement'",
+        **dict.fromkeys(
+            ("num_low_steps", "relaxation", "state_noise"),
+            (
+                config.feedback_recursion not in ("hierarchical", "refinement"),
+                f"with feedback_recursion={config.feedback_recursion!r}: it is for 'hierarchical' and 'refinement'",
+            ),
         ),
         "share_levels": (
             config.feedback_recursion != "hierarchical",
             f"with feedback_recursion={config.feedback_recursion!r}: it is for 'hierarchical'",
         ),
-        "initial_state_scale": (config.initial_state != "random", "without initial_state='random'"),
-        "initial_state_seed": (config.initial_state != "random", "without initial_state='random'"),
+        **dict.fromkeys(
+            ("initial_state_scale", "initial_state_cut", "initial_state_seed"),
+            (config.initial_state != "random", "without initial_state='random'"),
+        ),
         "mixer_size": (config.token_mixer != "mlp", "without token_mixer='mlp'"),
         "prefix_size": (config.num_prefix_tokens == 0, "without num_prefix_tokens"),
         "num_prefixes": (config.num_prefix_tokens == 0, "without num_prefix_tokens"),
@@ -380,7 +392,7 @@ def recursions(config: Any) -> Iterator[str]:
             "feedback_recursion='layerwise'",
             feedback_interval=(1,),
             solver=("sequential",),
-            feedback_connection=("gate", "add", "concat", "sum"),
+            feedback_connection=("gate", "add", "concat", "sum", "decay"),
             retrofitted_from=(None,),
         )
     if kind in ("hierarchical", "refinement"):
@@ -390,7 +402,7 @@ def recursions(config: Any) -> Iterator[str]:
             feedback_axis=("depth",),
             feedback_signal=("state",),
             feedback_type=("transformer", "mlp"),
-            feedback_connection=("sum", "replace", "add", "gate", "concat"),
+            feedback_connection=("sum", "replace", "add", "gate", "concat", "decay"),
         )
     if kind == "refinement" and state == "zeros":
         yield "feedback_recursion='refinement' thinks over a latent that is there: set initial_state='learned'."

@@ -6,6 +6,7 @@ Shapes: B batch, T positions, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -58,19 +59,21 @@ class FeedbackState(NamedTuple):
 class InitialState(nn.Module):
     """Base of initial states: forward maps e [B, T, D] to h before the first pass."""
 
+    draws = False  # whether it also draws the other latents of a recursion, which the recursion begins otherwise
+
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__()
         self.config = config
 
-    def forward(self, e: Tensor, context: Context) -> Tensor:
-        """Return h [B, T, D] at the positions of a context."""
+    def forward(self, e: Tensor, context: Context, latent: int = 0) -> Tensor:
+        """Return a latent [B, T, D] at the positions of a context: h, or the next ones of those that it draws."""
         raise NotImplementedError
 
 
 class FromInput(InitialState):
     """Begin at e itself."""
 
-    def forward(self, e: Tensor, context: Context) -> Tensor:
+    def forward(self, e: Tensor, context: Context, latent: int = 0) -> Tensor:
         return e
 
 
@@ -84,28 +87,33 @@ class Learned(InitialState):
     def init_parameters(self) -> None:
         init.trunc_normal_(self.vector, std=1.0, a=-2.0, b=2.0)
 
-    def forward(self, e: Tensor, context: Context) -> Tensor:
+    def forward(self, e: Tensor, context: Context, latent: int = 0) -> Tensor:
         return self.vector.to(e.dtype).expand_as(e)
 
 
 class Random(InitialState):
-    """Begin at a truncated normal draw of standard deviation `initial_state_scale`, cut at three of them (Huginn).
+    """Begin at a normal draw of standard deviation `initial_state_scale`, cut at `initial_state_cut` of them.
 
     In evaluation a position's draw depends on `initial_state_seed` and its place in the text alone, so that a text
     gives the same with and without cache, padding or other rows. In training each call draws anew.
     """
 
-    def forward(self, e: Tensor, context: Context) -> Tensor:
+    draws = True
+
+    def forward(self, e: Tensor, context: Context, latent: int = 0) -> Tensor:
         scale = self.config.initial_state_scale
         if scale == 0:
             return torch.zeros_like(e)
+        most = self.config.initial_state_cut * scale
+        draw = partial(nn.init.trunc_normal_, std=scale, a=-most, b=most)
         if self.training:
-            return nn.init.trunc_normal_(torch.empty_like(e), std=scale, a=-3 * scale, b=3 * scale)
+            return draw(torch.empty_like(e))
         needed, index = (context.position_ids.cpu() // BLOCK).unique(return_inverse=True)
         blocks = torch.empty(len(needed), BLOCK, e.shape[-1], device="cpu")  # the same on every device
         for number, block in zip(needed.tolist(), blocks, strict=True):
             generator = torch.Generator().manual_seed(self.config.initial_state_seed + number)
-            nn.init.trunc_normal_(block, std=scale, a=-3 * scale, b=3 * scale, generator=generator)
+            for _ in range(latent + 1):  # each latent has the draw behind that of the one before
+                draw(block, generator=generator)
         return blocks[index, context.position_ids.cpu() % BLOCK].to(e)
 
 
