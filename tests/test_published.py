@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, tokens
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +20,7 @@ from test_examples import examples_on_path  # noqa: F401 - a fixture
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
+    AlbertModel,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -315,6 +316,24 @@ def test_hrm_text_of_transformers(prefix):
     again = HrmTextForCausalLM(HrmTextConfig(**back_config)).eval()
     again.load_state_dict(back)
     assert torch.equal(again(ids, **types).logits, official(ids, **types).logits)
+
+
+@torch.no_grad()
+def test_base_models_load_as_base_models(tmp_path):
+    """Those of transformers and of remote code save their weights without a prefix."""
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    albert, ids = filled(AlbertModel(AlbertConfig(**sizes, embedding_size=16, num_hidden_layers=3))), tokens(2, 9) % 50
+    albert.save_pretrained(tmp_path / "albert")
+    ours = FeedbackModel.from_pretrained(tmp_path / "albert")
+    assert_close(ours(ids).last_hidden_state, albert(ids).last_hidden_state, 1e-5)
+    classifier = FeedbackForSequenceClassification.from_pretrained(tmp_path / "albert", num_labels=3)
+    assert torch.equal(classifier.model(ids).last_hidden_state, ours(ids).last_hidden_state)
+    with pytest.raises(ValueError, match="albert checkpoint lacks lm_head"):
+        FeedbackForMaskedLM.from_pretrained(tmp_path / "albert")
+    config, weights, case = recorded("ouro")
+    body = {name.removeprefix("model."): weight for name, weight in weights.items() if name.startswith("model.")}
+    whole, base = (convert(config, given, head=FeedbackModel).eval() for given in (weights, body))
+    assert torch.equal(whole(case["input_ids"])[0], base(case["input_ids"])[0])
 
 
 @pytest.mark.parametrize("layers", [1, 2])

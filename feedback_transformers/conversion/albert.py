@@ -66,5 +66,6 @@ ALBERT = enter(
         head="FeedbackForMaskedLM",
         dropped=(r"albert\.pooler\..*", r"sop_classifier\..*", r".*\.position_ids"),
         tied=("lm_head.decoder.weight", "lm_head.decoder.bias"),
+        body="albert.",
     )
 )

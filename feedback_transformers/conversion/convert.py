@@ -85,7 +85,9 @@ def convert(official: Official, weights: Weights, family: str | None = None, hea
         if name not in ours and any(re.fullmatch(pattern, name) for pattern in kind.zeros):
             ours[name] = torch.zeros(weight.shape, dtype=next(iter(ours.values())).dtype)
     tied = {name for name in kind.tied if name in expected} if config.tie_word_embeddings else set()
+    body = cls is not heads[kind.head]  # of which the official head is no part
     missing, unknown = expected.keys() - ours.keys() - tied, ours.keys() - expected.keys()
+    missing = {name for name in missing if name.startswith("model.") or not body}
     if missing or unknown:
         which, name = ("lacks", min(missing)) if missing else ("has", min(unknown))
         raise ValueError(
@@ -93,7 +95,7 @@ def convert(official: Official, weights: Weights, family: str | None = None, hea
         )
     for name in tied:
         ours.pop(name, None)
-    if cls is not heads[kind.head]:
+    if body:
         ours = {name: weight for name, weight in ours.items() if name.startswith("model.")}
     if "torch_dtype" in options:
         options["dtype"] = options.pop("torch_dtype")
@@ -111,7 +113,9 @@ def convert(official: Official, weights: Weights, family: str | None = None, hea
 def plain(family: Family, weights: Weights) -> Weights:
     """Return the weights without the prefixes that some checkpoints have, and without what holds nothing learned."""
     named = {}
+    base = bool(family.body) and not any(name.startswith(family.body) for name in weights)
     for name, weight in weights.items():
+        name = family.body * base + name
         prefix = next((prefix for prefix in family.prefixes if name.startswith(prefix)), "")
         if not any(re.fullmatch(pattern, name) for pattern in family.dropped):
             named[name.removeprefix(prefix)] = weight

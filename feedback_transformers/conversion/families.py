@@ -27,6 +27,7 @@ class Family(NamedTuple):
     zeros: tuple[str, ...] = ()  # patterns of our weights that they lack and that are zero
     tied: tuple[str, ...] = ("lm_head.weight",)  # our weights that are others too, where embeddings are tied
     prefixes: tuple[str, ...] = ()  # that checkpoints may put before each name
+    body: str = ""  # what checkpoints of the base model alone leave out before each name
 
 
 FAMILIES: dict[str, Family] = {}

@@ -67,4 +67,4 @@ def official(config: FeedbackConfig) -> Official:
     }
 
 
-HRM_TEXT = enter(Family("hrm_text", "transformers' own hrm_text", config, rows, official))
+HRM_TEXT = enter(Family("hrm_text", "transformers' own hrm_text", config, rows, official, body="model."))

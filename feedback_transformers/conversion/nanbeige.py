@@ -51,4 +51,6 @@ def official(config: FeedbackConfig) -> Official:
     }
 
 
-NANBEIGE = enter(Family("nanbeige", "LlamaModel of transformers, looped", config, lambda official: ROWS, official))
+NANBEIGE = enter(
+    Family("nanbeige", "LlamaModel of transformers, looped", config, lambda official: ROWS, official, body="model.")
+)

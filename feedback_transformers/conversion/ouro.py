@@ -57,4 +57,4 @@ def official(config: FeedbackConfig) -> Official:
     }
 
 
-OURO = enter(Family("ouro", "LoopedLMs/ouro_rl 531187b", config, lambda official: ROWS, official))
+OURO = enter(Family("ouro", "LoopedLMs/ouro_rl 531187b", config, lambda official: ROWS, official, body="model."))

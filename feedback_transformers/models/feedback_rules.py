@@ -312,8 +312,8 @@ def unread(config: Any) -> Iterator[str]:
         "halting_threshold": (config.halting == "fixed", fixed),
         "halting_measure": (config.halting == "fixed", "with halting='fixed': it is for 'converged'"),
         "halting_prior": (
-            config.halting not in ("learned", "select"),
-            f"with halting={config.halting!r}: it is for 'learned' and 'select'",
+            config.halting not in ("learned", "select") or config.halting_scope == "sequence",
+            f"with halting={config.halting!r} of a {config.halting_scope}: it is for 'learned' and 'select' of a position",
         ),
         "halting_weight": (
             config.halting not in ("learned", "act", "select"),
