@@ -284,20 +284,16 @@ class Context:
     memo: dict[Any, Any] = field(default_factory=dict)  # masks and rotary tables, made once for these positions
     iterations: list[int] = field(default_factory=list)  # of Newton's method in this call, one number a layer
 
-    def for_part(self, part: str, step: int | str = "") -> Context:
+    def for_part(self, part: str, step: int | str = "", *within: int | str) -> Context:
         """Return the context of the same positions for a part, in a pass."""
-        return self.at(Slot(part, step))
+        other = object.__new__(Context)  # without __init__, as each layer of each pass asks for one
+        other.__dict__.update(self.__dict__)
+        other.slot = Slot(part, step, within)
+        return other
 
     def within(self, *names: int | str) -> Context:
         """Return the context of the same positions for a level or a layer of this part."""
-        return self.at(self.slot.inner(*names))
-
-    def at(self, slot: Slot) -> Context:
-        """Return the same with another slot, made without __init__, as each layer of each pass asks for it."""
-        other = object.__new__(Context)
-        other.__dict__.update(self.__dict__)
-        other.slot = slot
-        return other
+        return self.for_part(self.slot.part, self.slot.step, *self.slot.within, *names)
 
     def span(self, start: int, stop: int) -> Context:
         """Return the context of the positions from `start` to `stop` of this call."""

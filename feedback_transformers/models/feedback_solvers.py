@@ -62,7 +62,9 @@ class Solver:
     needs_cache = False  # even where the caller has none
 
     def __init__(self, loop: Any) -> None:
+        """Serve one call of a loop."""
         self.loop = loop
+        self.stops, self.reads_prediction = loop.stops, loop.reads_prediction
 
     def solve(
         self,
@@ -125,13 +127,13 @@ class Passes(Solver):
         start: FeedbackState | None,
     ) -> LoopOutput:
         loop, config, given, context = self.loop, self.loop.config, context, self.context(context)
-        halting, stops, progress = loop.halting, loop.stops, None
+        halting, progress, tolerance = loop.halting, None, config.solver_tolerance
         if halting is not None:
             progress = Progress.start(e, context.mask)
             every_step = every_step or (loop.training and halting.weighs_passes)
         grad, first = torch.is_grad_enabled(), max(0, passes - (config.gradient_steps or passes))
         resume = first if grad and first else passes  # a truncated gradient needs its passes after convergence too
-        watched = every_step or progress is not None or config.solver_tolerance is not None
+        watched = every_step or progress is not None or tolerance is not None
         segment = 1 if watched or not grad else self.segment(passes - first)
         made: list[Pass] = []
         now, steps, done = loop.begin(e, context, readout, start), 0, False
@@ -140,14 +142,16 @@ class Passes(Solver):
             if done and number < resume:
                 self.skip(before, context, number, stop)
                 continue
-            here = replace(context, running=progress.running) if stops and before is not None else context
+            here = replace(context, running=progress.running) if self.stops and before is not None else context
             with torch.set_grad_enabled(grad and number >= first):
-                now = self.run(e, before, here, readout, number, stop, passes, every_step)
+                run = self.one_pass if stop - number == 1 else self.several
+                now = run(e, before, here, readout, number, stop, passes, every_step)
                 if progress is not None:
                     loop.halt(progress, now, before, readout, stop == passes)
             made = [*made, now] if every_step else [now]
             steps += 1
-            done = (stops and not progress.running.any()) or self.converged(before, now, context)
+            done = self.stops and not progress.running.any()
+            done = done or (tolerance is not None and self.converged(before, now, context, tolerance))
         return self.results(made, given, readout, progress, steps)
 
     def context(self, context: Context) -> Context:
@@ -155,10 +159,10 @@ class Passes(Solver):
         loop, config = self.loop, self.loop.config
         if torch.is_grad_enabled():  # keys of the source from a pass without gradient would lose theirs
             context = replace(context, cross_attention=None)
-        if loop.stops and loop.checkpoints:
+        if self.stops and loop.checkpoints:
             raise ValueError("halting='act' can't be trained with gradient checkpointing: disable one of them.")
         remembers = config.feedback_connection == "memory" and config.feedback_signal != "none"
-        if context.cache is None and (self.needs_cache or remembers or (loop.stops and config.is_causal)):
+        if context.cache is None and (self.needs_cache or remembers or (self.stops and config.is_causal)):
             context = replace(context, cache=FeedbackCache())  # for this call only
         return context
 
@@ -186,7 +190,7 @@ class Passes(Solver):
         by_step = config.feedback_signal == "output" or config.feedback_connection == "memory"
         return isqrt(passes) if loop.checkpoints and not by_step and passes >= 16 else 1
 
-    def run(
+    def several(
         self,
         e: Tensor,
         before: Pass | None,
@@ -197,14 +201,14 @@ class Passes(Solver):
         passes: int,
         wanted: bool,
     ) -> Pass:
-        """Run the passes from `start` to `stop` out of `passes`, several as one checkpoint; return the last one."""
+        """Run the passes from `start` to `stop` out of `passes` as one checkpoint, and return the last one."""
 
         def segment(before: Pass | None) -> Pass:
             for number in range(start, stop):
-                before = self.one_pass(e, before, context, readout, number, number + 1 == passes, wanted)
+                before = self.one_pass(e, before, context, readout, number, number + 1, passes, wanted)
             return cast(Pass, before)
 
-        return segment(before) if stop - start == 1 else self.loop.checkpoint(segment, context, before)
+        return self.loop.checkpoint(segment, context, before)
 
     def one_pass(
         self,
@@ -213,16 +217,17 @@ class Passes(Solver):
         context: Context,
         readout: Readout,
         number: int,
-        last: bool,
+        stop: int,
+        passes: int,
         wanted: bool,
     ) -> Pass:
-        """Run the pass after `before`; `last` says that none follows, and `wanted` asks for its y."""
-        loop, config = self.loop, self.loop.config
+        """Run the pass after `before`, the last one if `stop` is `passes`; `wanted` asks for its y."""
+        loop, config, last = self.loop, self.loop.config, stop == passes
         h, state, y = self.positions(e, before, context, readout, number)
         if context.running is not None and before is not None:
             h = torch.where(context.running[..., None], h, before.h)
         asked = wanted or config.feedback_signal == "output"
-        if y is None and (loop.reads_prediction or (not last and asked)):
+        if y is None and (self.reads_prediction or (not last and asked)):
             y = readout.decode(h, context.for_part("decoder", number))
         now = Pass(h, state, y)
         if config.feedback_signal != "none" and (not last or self.needs_cache):  # else nothing reads its signal
@@ -239,10 +244,9 @@ class Passes(Solver):
         step = partial(loop.checkpoint, loop.step, context) if loop.gradient_checkpointing else loop.step
         return *step(e, shifted, state, context, number), None
 
-    def converged(self, before: Pass | None, now: Pass, context: Context) -> bool:
+    def converged(self, before: Pass | None, now: Pass, context: Context, tolerance: float) -> bool:
         """Return whether the last pass changed no signal by more than the tolerance."""
-        tolerance = self.loop.config.solver_tolerance
-        if tolerance is None or self.loop.config.feedback_axis == "depth" or now.signal is None:
+        if self.loop.config.feedback_axis == "depth" or now.signal is None:
             return False
         if before is None or before.signal is None:
             return False

@@ -29,7 +29,7 @@ from .feedback_loop import FeedbackLoop
 from .feedback_padding import first_real, gather, scatter
 from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
-from .feedback_solvers import Readout
+from .feedback_solvers import Readout, solver_of
 from .feedback_states import FeedbackState
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
@@ -313,7 +313,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
         returned = cache = self.make_cache(past_key_values, use_cache)
-        if not self.config.in_passes:
+        by_position = not solver_of(self.config).makes_passes
+        if by_position:
             cache, feedback_state = self.cache_after(feedback_state, cache), None
             returned = None if returned is None else cache
         text = embedded.shape[1]
@@ -353,11 +354,11 @@ class FeedbackModel(FeedbackPreTrainedModel):
         looped = self.loop(e, context, readout, num_feedback_steps, every_step, start)
         if cache is not None:
             cache.advance(context, keep_mask=self.has_attention)
-            if not self.config.in_passes and not self.has_attention and looped.state is None:
+            if by_position and not self.has_attention and looped.state is None:
                 looped = looped._replace(state=FeedbackState(looped.states[-1], None, cache.position_state()))
 
         def put_back(state: FeedbackState) -> FeedbackState:
-            if not self.config.in_passes:
+            if by_position:
                 return state._replace(h=scatter(state.h, order))
             return state.map(lambda x: scatter(x, order))
 
