@@ -54,12 +54,14 @@ def registries():
             *(feedback_registry.RECURRENCES, feedback_names.REGISTERED, feedback_names.CHOICES),
         )
     ]
-    recurrent = list(feedback_names.RECURRENT_TYPES)
+    lists = feedback_names.RECURRENT_TYPES, feedback_names.SOLVERS_IN_PASSES
+    before_lists = [list(names) for names in lists]
     yield
     for registry, before in kept:
         registry.clear()
         registry.update(before)
-    feedback_names.RECURRENT_TYPES[:] = recurrent
+    for names, held in zip(lists, before_lists, strict=True):
+        names[:] = held
 
 
 def encode(text: str) -> list[int]:

@@ -17,7 +17,7 @@ from feedback_transformers import FeedbackConfig, FeedbackForCausalLM, FeedbackM
 from feedback_transformers.models import feedback_registry
 from feedback_transformers.models.feedback_names import CHOICES
 from feedback_transformers.models.feedback_scan import scan, scan_reference
-from feedback_transformers.models.feedback_solvers import SOLVERS, solver_of
+from feedback_transformers.models.feedback_solvers import SOLVERS, Passes, solver_of
 
 CONTRIBUTING = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 LEAKY, TWICE, TURNED = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
@@ -181,6 +181,17 @@ def test_the_config_knows_which_solvers_make_passes(solver):
     kind = {"feedback_type": "min_gru", "feedback_signal": "none"} if solver == "newton" else {}
     config = FeedbackConfig(feedback_axis="time", solver=solver, **kind)
     assert config.in_passes == SOLVERS[solver].makes_passes == solver_of(config).makes_passes
+
+
+def test_a_registered_solver_makes_passes(registries):
+    @register("solver", "mine")
+    class Mine(Passes):
+        pass
+
+    config = FeedbackConfig(feedback_axis="time", solver="mine", solver_steps=5, vocab_size=99)
+    assert config.in_passes
+    ours, jacobi = build(feedback_axis="time", solver="mine"), build(feedback_axis="time", solver="jacobi")
+    assert torch.equal(ours(tokens()).logits, jacobi(tokens()).logits)
 
 
 def test_a_registered_recursion_and_halting(own, tmp_path):

@@ -12,6 +12,7 @@ from feedback_transformers import (
     FeedbackForSequenceClassification,
     FeedbackState,
 )
+from feedback_transformers.models.feedback_cache import FeedbackCache
 from feedback_transformers.models.feedback_states import BLOCK, INITIAL_STATES
 
 LEVELS = {"feedback_connection": "sum", "initial_state": "learned"}
@@ -123,6 +124,14 @@ def test_what_cannot_take_a_state_says_so():
     with pytest.raises(ValueError, match="which attention reads: use past_key_values"):
         build(feedback_axis="time")(tokens(), feedback_state=state)
     cache = build(**TIME)(tokens(), use_cache=True).past_key_values
+    empty = FeedbackCache()
+    read = build(**TIME)(tokens())
+    build(**TIME)(tokens(), feedback_state=read.feedback_state, past_key_values=empty)
+    assert empty.length == 26  # the given cache is filled
+    plain = {"feedback_axis": "time", "feedback_type": "mlp", "feedback_signal": "none", "num_encoder_layers": 0}
+    model = build(**plain, decoder_type="mlp")
+    model(tokens(), feedback_state=model(tokens()).feedback_state)
+    assert build(feedback_axis="time")(tokens()).feedback_state is None
     with pytest.raises(ValueError, match="both say what was read"):
         build(**TIME)(tokens(), feedback_state=state, past_key_values=cache)
 

@@ -8,12 +8,19 @@ import transformers
 from conftest import arguments, assert_close, build, losses, tokens
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
-from feedback_transformers import PRESETS, FeedbackForMaskedLM, FeedbackForTokenClassification
+from feedback_transformers import (
+    PRESETS,
+    FeedbackForMaskedLM,
+    FeedbackForQuestionAnswering,
+    FeedbackForSequenceClassification,
+    FeedbackForTokenClassification,
+)
+from feedback_transformers.models.feedback_objectives import supervised_answers
 from feedback_transformers.models.feedback_recursions import LowState
 from feedback_transformers.models.feedback_states import FeedbackState
-from feedback_transformers.training import AverageWeights, CarryState
+from feedback_transformers.training import AverageWeights, CarryState, SampleFeedbackSteps, train_safely
 
 LENGTH, CLASSES = 6, 3
 SMALL = {"num_feedback_layers": 1, "num_low_steps": 2, "supervision_interval": 2, "num_feedback_steps": 6}
@@ -189,9 +196,107 @@ def test_the_average_is_evaluated_and_stays(tmp_path):
         assert_close(weights, expected[name], 1e-6)
 
 
+class Seen(TrainerCallback):
+    """Note in each call of an evaluation whether the average stands in the model."""
+
+    def __init__(self, average: AverageWeights) -> None:
+        self.average, self.seen = average, set()
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        model.register_forward_hook(self.note)
+
+    def note(self, model, *_) -> None:
+        if not model.training:
+            self.seen.add(self.average.own is not None)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_all_evaluations_of_a_run_are_of_the_average(several, tmp_path):
+    average = AverageWeights(0.9)
+    run = trainer(
+        tmp_path, [average, (seen := Seen(average))], eval_strategy="epoch", num_train_epochs=2, max_steps=-1
+    )
+    run.eval_dataset = {"one": run.train_dataset, "two": run.train_dataset} if several else run.train_dataset
+    run.train()
+    assert seen.seen == {True} and average.own is None
+
+
+def test_an_average_of_half_precision_moves():
+    model, average = puzzle_model().to(torch.bfloat16), AverageWeights(0.999)
+    average.attach(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    for _ in range(100):
+        average.update()
+    for mean, weight in zip(average.average, model.parameters(), strict=True):
+        assert_close(weight.float() - mean, torch.full_like(mean, 0.999**100), 2e-2)
+
+
+def test_a_finished_run_ends_with_its_average_again(tmp_path):
+    first = trainer(tmp_path, [AverageWeights(0.9)])
+    train_safely(first)
+    again = trainer(tmp_path, [AverageWeights(0.9)])
+    train_safely(again, resume=True)
+    for one, other in zip(first.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_failed_evaluation_leaves_nothing_behind():
+    model, average = puzzle_model(), AverageWeights(0.9)
+    average.attach(model)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    average.swap_in()  # and the evaluation stops with an error
+    average.attach(model)
+    for weight, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(weight, old)
+
+
+@pytest.mark.parametrize("steps", [6, 7])
+def test_answers_and_their_halting_logits_are_of_the_same_passes(steps):
+    """The last pass answers too where it is no multiple of the interval."""
+    model, (batch,) = puzzle_model(supervision_interval=3, gradient_steps=None).train(), batches(1)
+    outputs = model.model(batch["input_ids"], num_feedback_steps=steps, output_feedback_states=True)
+    answers = supervised_answers(model.config, outputs, True)
+    passes = [3, 6, 7] if steps == 7 else [3, 6]
+    assert [id(y) for y in answers] == [id(outputs.feedback_states[k - 1]) for k in passes]
+    assert len(outputs.halting_logits) == len(passes)
+
+
+def test_the_halting_loss_of_parts_adds_up():
+    model, (batch,) = puzzle_model(gradient_steps=None).train(), batches(1)
+    items = batch["labels"].numel()
+    whole = model(**batch, num_items_in_batch=items).loss
+    parts = [
+        model(**{name: value[i : i + 1] for name, value in batch.items()}, num_items_in_batch=items).loss
+        for i in range(4)
+    ]
+    assert_close(torch.stack(parts).sum(), whole, 1e-5)
+    assert_close(model(**batch).loss, whole, 1e-5)
+
+
+def test_a_fresh_model_lets_no_row_leave():
+    torch.manual_seed(0)
+    model = FeedbackForTokenClassification(puzzle_model().config)
+    assert (model(tokens(4, LENGTH)).halting_logits[0] == -5).all()
+
+
+@pytest.mark.parametrize("head", [FeedbackForQuestionAnswering, FeedbackForSequenceClassification])
+def test_heads_that_cannot_learn_it_refuse_it(head):
+    fields = {**PRESETS["trm"], **SMALL, "pad_token_id": None}
+    if head is FeedbackForQuestionAnswering:
+        with pytest.raises(ValueError, match="learns from a loss over classes"):
+            build(head, **fields)
+    else:
+        model = build(head, **fields, num_labels=1).train()
+        with pytest.raises(ValueError, match="learns whether a class is right"):
+            model(tokens(), labels=torch.ones(2))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
+        {"feedback_signal": "output"},
         {"feedback_axis": "time", "feedback_type": "gru"},
         {"feedback_signal": "none"},
         {"feedback_axis": "time", "feedback_type": "transformer", "solver": "jacobi"},
@@ -203,6 +308,18 @@ def test_models_without_passes_have_nothing_to_carry(fields):
 
 
 def test_what_does_not_go_together_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="leave SampleFeedbackSteps"):
+        trainer(tmp_path, [CarryState(), SampleFeedbackSteps(2, 4)]).train()
+    with pytest.raises(ValueError, match="halting='learned' weighs all passes"):
+        CarryState().attach(build(halting="learned"))
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        trainer(tmp_path, [CarryState()], label_smoothing_factor=0.1).train()
+    model, carry, other = puzzle_model().train(), CarryState(), CarryState()
+    carry.attach(model)
+    with pytest.raises(ValueError, match="keyword arguments"):
+        model(batches(1)[0]["input_ids"])
+    other.attach(model)  # after an interrupt of the first
+    assert not carry.handles and len(model._forward_pre_hooks) == 1
     with pytest.raises(ValueError, match="max_answers"):
         CarryState(0)
     with pytest.raises(ValueError, match="decay"):

@@ -16,7 +16,15 @@ from typing import Any, ClassVar, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .feedback_names import CHOICES, NOT_OF_LAYERS, REGISTERED, RETROFIT_TYPES, model_type_of, shared_names
+from .feedback_names import (
+    CHOICES,
+    NOT_OF_LAYERS,
+    REGISTERED,
+    RETROFIT_TYPES,
+    SOLVERS_IN_PASSES,
+    model_type_of,
+    shared_names,
+)
 from .feedback_presets import PRESETS
 from .feedback_rules import check, check_given, check_sizes
 
@@ -506,7 +514,7 @@ class FeedbackConfig(PreTrainedConfig):
     @property
     def in_passes(self) -> bool:
         """Whether the loop makes passes over all positions rather than going position by position."""
-        return self.feedback_axis == "depth" or self.solver in ("jacobi", "gauss_seidel")
+        return self.feedback_axis == "depth" or self.solver in SOLVERS_IN_PASSES
 
     @property
     def num_patches(self) -> int:

@@ -89,13 +89,10 @@ class FeedbackCache(Cache):
         # Number of passes that filled the cache, whether each was decoded, and whether they shared slots.
         self.steps: tuple[int, bool, bool] | None = None
 
-    @classmethod
-    def after(cls, state: PositionState) -> FeedbackCache:
-        """Return a cache that goes on from a state."""
-        cache = cls()
-        cache.length, cache.count, states = state
-        cache.states = {slot: tuple(kept) for slot, kept in states}
-        return cache
+    def restore(self, state: PositionState) -> None:
+        """Go on from a state."""
+        self.length, self.count, states = state
+        self.states = {slot: tuple(kept) for slot, kept in states}
 
     def position_state(self) -> PositionState:
         """Return the state of the positions read, without keys and values."""

@@ -56,6 +56,20 @@ class HaltProjection(nn.Linear):
         init.constant_(self.bias, log(self.first / (1 - self.first)))
 
 
+class RightProjection(nn.Linear):
+    """Predict from h [B, D] whether an answer is right, [B, 2] logits to stop and to go on.
+
+    It begins with a prediction that it is not, as in TRM's code, so that no row leaves a fresh model's training.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, 2)
+
+    def init_parameters(self) -> None:
+        init.zeros_(self.weight)
+        init.constant_(self.bias, -5.0)
+
+
 class Halting(nn.Module):
     """Base of the halting rules: forward updates a Progress after each pass."""
 
@@ -205,7 +219,7 @@ class SequenceHalting(Halting):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        self.halt_proj = nn.Linear(config.hidden_size, 2)
+        self.halt_proj = RightProjection(config.hidden_size)
 
     def forward(self, progress: Progress, h: Tensor, before: Tensor | None, logits: Tensor | None, last: bool) -> None:
         waits, interval = progress.running, self.config.supervision_interval

@@ -22,6 +22,7 @@ RETROFIT_TYPES = (
     "gpt_neox",
     *BIDIRECTIONAL_TYPES,
 )
+SOLVERS_IN_PASSES = ["jacobi", "gauss_seidel"]  # over all positions; `register` adds to them
 CHOICES: dict[str, tuple[str, ...]] = {
     "embedding_type": EMBEDDING_TYPES,
     "encoder_type": ENCODER_TYPES,

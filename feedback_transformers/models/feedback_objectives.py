@@ -39,7 +39,9 @@ def total_loss(config: Any, losses: Losses, outputs: Any, training: bool) -> Ten
         answers = supervised_answers(config, outputs, training)
         total = torch.stack([losses.mean(y) for y in answers]).mean()
         if training and outputs.halting_logits is not None and losses.right is not None:
-            total = total + config.halting_weight * stopping_loss(losses.right, answers, outputs.halting_logits)
+            share = losses.over_targets(torch.ones_like(outputs.last_hidden_state[..., 0]))  # of a batch in parts
+            stopping = stopping_loss(losses.right, answers, outputs.halting_logits)
+            total = total + config.halting_weight * share.detach() * stopping
     if outputs.halting_loss is not None:
         total = total + config.halting_weight * losses.over_targets(outputs.halting_loss)
     return total
@@ -56,8 +58,10 @@ def supervised_answers(config: Any, outputs: Any, training: bool) -> tuple[Tenso
     """Return the last y; with supervision="all" in training, those of all answers that carry a gradient."""
     if not training or config.supervision != "all" or outputs.feedback_states is None:
         return (outputs.last_hidden_state,)
-    passes = outputs.feedback_states[-(config.gradient_steps or 0) :]
-    return passes[(len(passes) - 1) % config.supervision_interval :: config.supervision_interval]
+    passes = outputs.feedback_states
+    count, every = len(passes), config.supervision_interval
+    first = count - (config.gradient_steps or count)
+    return tuple(y for k, y in enumerate(passes, start=1) if k > first and (k % every == 0 or k == count))
 
 
 def stopping_loss(
@@ -65,9 +69,12 @@ def stopping_loss(
 ) -> Tensor:
     """Return the mean binary cross entropy of q_stop [B] with whether a row's answer is right (TRM)."""
     each = zip(answers, logits[-len(answers) :], strict=True)
-    return torch.stack(
-        [F.binary_cross_entropy_with_logits(q[:, 0].float(), right(y.detach()).float()) for y, q in each]
-    ).mean()
+    made = []
+    for y, q in each:
+        with torch.no_grad():
+            target = right(y).float()
+        made.append(F.binary_cross_entropy_with_logits(q[:, 0].float(), target))
+    return torch.stack(made).mean()
 
 
 def rows_right(logits: Tensor, targets: Tensor, ignored: int = -100) -> Tensor:

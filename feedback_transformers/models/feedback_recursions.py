@@ -133,6 +133,8 @@ class Layerwise(Recursion):
         made: list[Tensor] = []
         for number in range(last + 1):
             read = signal if number == last else None if above is None else above[number]
+            if read is not None and number > 0 and cell.training and config.feedback_noise:
+                read = read + config.feedback_noise * torch.randn_like(read)
             if number == 0:
                 x = connect(read)
             elif config.feedback_signal == "none":

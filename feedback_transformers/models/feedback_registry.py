@@ -29,7 +29,7 @@ from .feedback_decoders import DECODERS
 from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
 from .feedback_halting import HALTING
-from .feedback_names import CHOICES, RECURRENT_TYPES, REGISTERED
+from .feedback_names import CHOICES, RECURRENT_TYPES, REGISTERED, SOLVERS_IN_PASSES
 from .feedback_recursions import RECURSIONS
 from .feedback_scan import RECURRENCES, Recurrence
 from .feedback_solvers import SOLVERS
@@ -88,6 +88,7 @@ def register(field: str, name: str) -> Callable[[Part], Part]:
         if name not in CHOICES[field]:
             CHOICES[field] = (*CHOICES[field], name)
             RECURRENT_TYPES.extend([name] if recurrent else [])
+            SOLVERS_IN_PASSES.extend([name] if field == "solver" and part.makes_passes else [])  # type: ignore[attr-defined]
         try:
             REGISTERED[field, name] = source_of(part)
         except ValueError as error:

@@ -354,8 +354,13 @@ class FeedbackModel(FeedbackPreTrainedModel):
         looped = self.loop(e, context, readout, num_feedback_steps, every_step, start)
         if cache is not None:
             cache.advance(context, keep_mask=self.has_attention)
-            if by_position and not self.has_attention and looped.state is None:
-                looped = looped._replace(state=FeedbackState(looped.states[-1], None, cache.position_state()))
+
+        if by_position:
+            keeps = cache is not None and not self.has_attention
+            kept = (
+                FeedbackState(looped.states[-1], None, cast(FeedbackCache, cache).position_state()) if keeps else None
+            )
+            looped = looped._replace(state=kept)
 
         def put_back(state: FeedbackState) -> FeedbackState:
             if by_position:
@@ -444,7 +449,9 @@ class FeedbackModel(FeedbackPreTrainedModel):
             raise ValueError(
                 "feedback_state is of passes, and this model goes position by position: give one of its own."
             )
-        return FeedbackCache.after(PositionState(*kept))
+        cache = FeedbackCache() if cache is None else cache
+        cache.restore(PositionState(*kept))
+        return cache
 
     def make_cache(self, cache: FeedbackCache | None, use_cache: bool | None) -> FeedbackCache | None:
         if cache is not None and not isinstance(cache, FeedbackCache):

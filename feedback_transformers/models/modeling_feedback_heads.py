@@ -72,11 +72,10 @@ class FeedbackHead(FeedbackPreTrainedModel):
             if given != value:
                 head = type(self).__name__
                 raise ValueError(f"{head} needs {name}={value!r}, not {given!r}: set it in the config.")
-        weighs = config.halting == "learned" or (config.halting == "select" and config.halting_scope == "position")
-        if weighs and not self.learns_to_halt:
+        if config.halting in ("learned", "select") and not self.learns_to_halt:
             raise ValueError(
-                f"halting={config.halting!r} weighs a loss over classes, which a {type(self).__name__} of this config "
-                "has not: use 'act'."
+                f"halting={config.halting!r} learns from a loss over classes, which a {type(self).__name__} of this "
+                "config has not: use 'act'."
             )
         self.model = FeedbackModel(config)
 
@@ -424,7 +423,9 @@ class FeedbackClassifier(FeedbackHead):
             def right(y: Tensor) -> Tensor:
                 return (self.pooled_logits(y, mask).argmax(-1) == targets) | (targets == -100)
 
-            loss = self.total_loss(Losses(step_loss, weighted, mean, right if one_class else None), outputs)
+            if self.training and outputs.halting_logits is not None and not one_class:
+                raise ValueError("halting_scope='sequence' learns whether a class is right: use halting='fixed'.")
+            loss = self.total_loss(Losses(step_loss, weighted, mean, right), outputs)
             if num_items_in_batch is not None:
                 loss = loss * (targets != -100).sum() / num_items_in_batch
         return FeedbackOutput(

@@ -113,6 +113,8 @@ def finish(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
     trainer.state = state
     best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     trainer._load_from_checkpoint(best if best and Path(best).is_dir() else checkpoint)
+    for callback in trainer.callback_handler.callbacks:  # those that leave other weights at the end
+        getattr(callback, "finished", lambda *_: None)(checkpoint, trainer.model)
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     return TrainOutput(state.global_step, losses[-1] if losses else math.nan, {})
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.utils import logging
 
@@ -60,7 +60,8 @@ class CarryState(TrainerCallback):
     the probability `exploration` a row that would leave stays, unless it has made a random number of answers.
 
     All batches have rows of one length. An answer takes `supervision_interval` passes, of which the last
-    `gradient_steps` have a gradient. In a loop of your own, call `attach` before it and `release` behind it.
+    `gradient_steps` have a gradient. In a loop of your own, call `attach` before it and `release` behind it, and give
+    inputs by name. HRM's own rule, q_stop > q_go_on with targets of Q-learning, is not here.
 
     Hierarchical Reasoning Model: Wang et al. 2025, arXiv:2506.21734. Tiny Recursive Model: Jolicoeur-Martineau 2025,
     arXiv:2510.04871.
@@ -74,6 +75,7 @@ class CarryState(TrainerCallback):
         self.max_answers, self.exploration = max_answers, exploration
         self.model: nn.Module | None = None
         self.handles: list[Any] = []
+        self.over_devices = True  # whether targets are counted in all processes
         self.forget()
 
     def forget(self) -> None:
@@ -85,12 +87,23 @@ class CarryState(TrainerCallback):
     def attach(self, model: nn.Module) -> None:
         """Let calls of `model` in training go on from each other. Raises ValueError for models that make no passes."""
         loops = loops_of(model)
-        carries = len(loops) == 1 and loops[0].config.in_passes and loops[0].config.feedback_connection != "memory"
-        if not carries or loops[0].config.feedback_axis != "depth" or loops[0].config.feedback_signal == "none":
+        config: Any = loops[0].config if len(loops) == 1 else None
+        carries = config is not None and config.feedback_axis == "depth" and config.feedback_signal == "state"
+        if not carries or config.feedback_connection == "memory":
             raise ValueError(
-                f"This {type(model).__name__} has no state of passes in depth to carry: leave CarryState out."
+                f"This {type(model).__name__} has no state of passes in depth to carry: use feedback_axis='depth' and "
+                "feedback_signal='state', or leave CarryState out."
+            )
+        if config.halting != "fixed" and config.halting_scope != "sequence":
+            raise ValueError(
+                f"halting={config.halting!r} weighs all passes of a call, and CarryState makes one answer: use "
+                "halting='select' with halting_scope='sequence', or 'fixed'."
             )
         self.release()
+        for hook in list(model._forward_pre_hooks.values()):
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, CarryState):  # of a run that was interrupted
+                other.release()
         self.model, loop = model, loops[0]
         set_steps(model, loop.config.supervision_interval)
         self.handles = [
@@ -111,8 +124,11 @@ class CarryState(TrainerCallback):
         """Give the places that are free to rows of the batch, and keep the others."""
         if not model.training:
             return None
+        if args:
+            raise ValueError("CarryState keeps the inputs of each row by name: call the model with keyword arguments.")
         batch = {name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim > 0}
-        size = len(next(iter(batch.values())))
+        size = max(len(value) for value in batch.values())
+        batch = {name: value for name, value in batch.items() if len(value) == size}
         if not self.rows:
             self.rows = {name: value.clone() for name, value in batch.items()}
             device = next(iter(batch.values())).device
@@ -131,16 +147,23 @@ class CarryState(TrainerCallback):
         self.answers[:size] = torch.where(new, 0, self.answers[:size])
         filled = {name: self.rows[name][:size].clone() for name in batch}
         if given.get("num_items_in_batch") is not None:  # which Trainer has counted in the new batch
-            filled["num_items_in_batch"] = reduce((filled["labels"] != -100).sum(), "sum")
+            labels = filled["labels"]
+            shifted = type(model).__name__ == "FeedbackForCausalLM"
+            count = ((labels[..., 1:] if shifted else labels) != -100).sum()
+            filled["num_items_in_batch"] = reduce(count, "sum") if self.over_devices else count
         return args, given | filled
 
     def begin(self, loop: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Begin at the carried state of the rows that stay, and at the initial state of new ones."""
         if not loop.training:
             return None
+        e, context, _, num_steps, *_ = args
+        if num_steps is not None or loop.num_steps != loop.config.supervision_interval:
+            raise ValueError(
+                "CarryState makes the passes of one answer: leave SampleFeedbackSteps and num_feedback_steps out."
+            )
         if self.state is None:
             return None
-        e, context, *_ = args
         size = len(e)
         old = self.state.map(lambda x: x[:size])
         first = loop.initial(e, context)
@@ -169,6 +192,11 @@ class CarryState(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if args.gradient_accumulation_steps > 1:
             raise ValueError("CarryState goes on at each training step: set gradient_accumulation_steps=1.")
+        if args.label_smoothing_factor:
+            raise ValueError("CarryState needs the loss that the model computes: set label_smoothing_factor=0.")
+        if args.n_gpu > 1:
+            raise ValueError("CarryState keeps the rows of one process: start one for each GPU, with torchrun.")
+        self.over_devices = args.average_tokens_across_devices
         self.forget()
         self.attach(model)
         if (saved := load(args, state, self.FILE.format(args.process_index))) is not None:
@@ -204,9 +232,10 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 class AverageWeights(TrainerCallback):
-    """Evaluate, and end with, an exponential moving average of the weights: w̄ <- decay w̄ + (1 - decay) w.
+    """Evaluate, and end with, an exponential moving average of the trained weights: w̄ <- decay w̄ + (1 - decay) w.
 
-    Checkpoints hold the weights themselves, and the average in a file beside them, from which a resumed run goes on.
+    It is kept in float32. Checkpoints hold the weights themselves, and the average in a file beside them, from which a
+    resumed run goes on.
     """
 
     FILE = "averaged_weights.pt"
@@ -214,10 +243,43 @@ class AverageWeights(TrainerCallback):
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 < decay < 1:
             raise ValueError(f"decay ({decay}) lies between 0 and 1.")
-        self.decay = decay
-        self.average: Any = None  # an AveragedModel, while training
-        self.own: list[Tensor] | None = None  # the weights, while the average stands in their place
+        self.move = get_ema_multi_avg_fn(decay)
         self.model: Any = None
+        self.average: list[Tensor] = []
+        self.own: list[Tensor] | None = None  # the weights, while the average stands in their place
+        self.evaluates = False
+        self.handle: Any = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Begin an average at the weights of `model`."""
+        self.release()
+        self.model = model
+        self.average = [weight.detach().float().clone() for weight in self.weights()]
+
+    def weights(self) -> list[Tensor]:
+        """Return the weights that are trained."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights of now into the average."""
+        self.move(self.average, [weight.detach().float() for weight in self.weights()], 0)
+
+    @torch.no_grad()
+    def swap_in(self) -> None:
+        """Put the average in the place of the weights."""
+        if self.own is None:
+            self.own = [weight.detach().clone() for weight in self.weights()]
+            for weight, mean in zip(self.weights(), self.average, strict=True):
+                weight.copy_(mean)
+
+    @torch.no_grad()
+    def release(self) -> None:
+        """Put the weights back."""
+        if self.own is not None:
+            for weight, own in zip(self.weights(), self.own, strict=True):
+                weight.copy_(own)
+        self.own = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
@@ -228,46 +290,45 @@ class AverageWeights(TrainerCallback):
             raise ValueError("AverageWeights holds all weights at each process: leave FSDP and DeepSpeed out.")
         self.attach(model)
         if (saved := load(args, state, self.FILE)) is not None:
-            self.average.load_state_dict(saved)
+            self.average = saved
+        if self.handle is not None:  # of a run that was interrupted
+            self.handle.remove()
+        self.handle = model.register_forward_pre_hook(self.before_call)
 
-    def attach(self, model: nn.Module) -> None:
-        """Begin an average at the weights of `model`."""
-        self.model = model
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-        self.average.n_averaged.fill_(1)  # else it would begin behind the first step
+    def before_call(self, model: nn.Module, args: Any) -> None:
+        """Evaluate with the average."""
+        if self.evaluates and not model.training:
+            self.swap_in()
 
-    def update(self) -> None:
-        """Take the weights of now into the average."""
-        self.average.update_parameters(self.model)
-
-    @torch.no_grad()
-    def swap_in(self) -> None:
-        """Put the average in the place of the weights."""
-        if self.own is None:
-            self.own = [parameter.detach().clone() for parameter in self.model.parameters()]
-            for parameter, mean in zip(self.model.parameters(), self.average.module.parameters(), strict=True):
-                parameter.copy_(mean)
-
-    @torch.no_grad()
-    def release(self) -> None:
-        """Put the weights back."""
-        if self.own is not None:
-            for parameter, own in zip(self.model.parameters(), self.own, strict=True):
-                parameter.copy_(own)
-        self.own = None
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluates = False
+        self.release()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.update()
-        if control.should_evaluate:
-            self.swap_in()
+        self.evaluates = control.should_evaluate
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluates = control.should_evaluate
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.release()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.process_index == 0:
-            torch.save(self.average.state_dict(), checkpoint(args, state) / self.FILE)
+            torch.save(self.average, checkpoint(args, state) / self.FILE)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.evaluates = False
+        self.handle.remove()
         self.swap_in()
         self.own = None
+
+    def finished(self, folder: str, model: nn.Module) -> None:
+        """End with the average of a finished run, whose last checkpoint `model` has been loaded from."""
+        file = Path(folder) / self.FILE
+        if file.exists():
+            self.attach(model)
+            self.average = torch.load(file, weights_only=True)
+            self.swap_in()
+            self.own = None
