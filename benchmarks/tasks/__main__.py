@@ -94,6 +94,20 @@ SEEDS_OF = {  # heading -> the tasks and metrics of its columns, and the models 
             "8-layers": "8 layers without feedback, 3.8 times the parameters",
         },
     ),
+    "Sudoku 9×9 with TRM's recipe, % by seed": (
+        {
+            "cells": ("sudoku-trm", "cells"),
+            "grids, 8 answers": ("sudoku-trm", "grids"),
+            "32 answers": ("sudoku-trm", "grids, 32 answers"),
+            "a random start": ("sudoku-trm", "grids, a random start"),
+            "the surest of 8": ("sudoku-trm", "grids, surest of 8"),
+        },
+        {
+            "trm": "two latents",
+            "trm-singlez": "a single latent",
+            "8-layers": "8 layers without feedback, 4.0 times the parameters",
+        },
+    ),
 }
 
 

@@ -259,8 +259,8 @@ def report_recursion(runs: Runs) -> dict[str, bool]:
         return [line["cpu_seconds_of_training"] / 60 for line in runs.of(model)]
 
     return {
-        f"trm: at least 80 % of grids on each of three seeds: {runs.values('trm', 'grids')}": runs.reached(
-            "trm", "grids", 80
+        f"trm: at least 80 % of grids on each of three seeds: {[round(x, 1) for x in runs.values('trm', 'grids')]}": (
+            runs.reached("trm", "grids", 80)
         ),
         f"trm: at most 60 minutes of one core a seed: {[round(m) for m in minutes('trm')]}": bool(minutes("trm"))
         and max(minutes("trm")) <= 60,

@@ -20,7 +20,7 @@ from .configuration_feedback import FeedbackConfig
 from .feedback_cache import Context
 from .feedback_cells import State
 from .feedback_connections import CONNECTIONS
-from .feedback_halting import Progress, halting_rule
+from .feedback_halting import halting_rule
 from .feedback_layers import CrossAttention, dropout, make_norm
 from .feedback_names import RECURRENT_TYPES
 from .feedback_recursions import RECURSIONS
@@ -206,12 +206,6 @@ class FeedbackLoop(nn.Module):
         made.signal = signal
         made.shifted = self.previous(signal, context) if self.config.feedback_axis == "time" else signal
 
-    def halt(self, progress: Progress, now: Pass, before: Pass | None, readout: Readout, last: bool) -> None:
-        """Count a pass, and let positions stop behind it."""
-        progress.num_steps = progress.num_steps + progress.running
-        logits = readout.predict(now.y) if self.reads_prediction else None
-        self.halting(progress, now.h, None if before is None else before.h, logits, last)
-
     def keep_in_graph(self, y: Tensor) -> Tensor:
         """Return y with a zero gradient for weights that only later steps read: DDP waits for that of each weight."""
         parts = [] if self.halting is None else [*self.halting.parameters()]
@@ -223,11 +217,6 @@ class FeedbackLoop(nn.Module):
         """Whether positions may stop before the last pass of this call."""
         halting = self.halting
         return halting is not None and halting.freezes and bool(halting.in_training or not self.training)
-
-    @property
-    def reads_prediction(self) -> bool:
-        """Whether halting compares predictions in this call."""
-        return self.stops and bool(self.halting.reads_prediction)
 
     @property
     def checkpoints(self) -> bool:

@@ -313,7 +313,7 @@ def unread(config: Any) -> Iterator[str]:
         "halting_measure": (config.halting == "fixed", "with halting='fixed': it is for 'converged'"),
         "halting_prior": (
             config.halting not in ("learned", "select") or config.halting_scope == "sequence",
-            f"with halting={config.halting!r} of a {config.halting_scope}: it is for exits that a position learns",
+            f"with halting={config.halting!r}: it is for 'learned', and for 'select' with halting_scope='position'",
         ),
         "halting_weight": (
             config.halting not in ("learned", "act", "select"),

@@ -64,7 +64,8 @@ class Solver:
     def __init__(self, loop: Any) -> None:
         """Serve one call of a loop."""
         self.loop = loop
-        self.stops, self.reads_prediction = loop.stops, loop.reads_prediction
+        self.stops: bool = loop.stops
+        self.reads_prediction = self.stops and bool(loop.halting.reads_prediction)
 
     def solve(
         self,
@@ -147,7 +148,9 @@ class Passes(Solver):
                 run = self.one_pass if stop - number == 1 else self.several
                 now = run(e, before, here, readout, number, stop, passes, every_step)
                 if progress is not None:
-                    loop.halt(progress, now, before, readout, stop == passes)
+                    progress.num_steps = progress.num_steps + progress.running
+                    logits = readout.predict(now.y) if self.reads_prediction else None
+                    halting(progress, now.h, None if before is None else before.h, logits, stop == passes)
             made = [*made, now] if every_step else [now]
             steps += 1
             done = self.stops and not progress.running.any()

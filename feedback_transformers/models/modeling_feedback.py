@@ -341,7 +341,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
                 )
             prompt = kinds == 1 if context.mask is None else (kinds == 1) & context.mask
             context.blocks = torch.where(prompt, 0, -1)
-        embedded = self.place(gather(embedded, order), context, kinds)
+        embedded = self.place(embedded if order is None else gather(embedded, order), context, kinds)
         e = embedded if self.config.is_encoder_decoder else self.encode(embedded, context)
 
         if output_hidden_states is None:
@@ -367,19 +367,21 @@ class FeedbackModel(FeedbackPreTrainedModel):
                 return state._replace(h=scatter(state.h, order))
             return state.map(lambda x: scatter(x, order))
 
-        outputs = tuple(scatter(y, order)[:, -text:] for y in looped.outputs)
+        def back(x: Tensor) -> Tensor:
+            return (x if order is None else scatter(x, order))[:, -text:]
+
+        outputs = tuple(back(y) for y in looped.outputs)
         hidden = None
         if output_hidden_states:
-            hidden = (*(scatter(x, order)[:, -text:] for x in (embedded, e, *looped.states)), outputs[-1])
+            hidden = (*(back(x) for x in (embedded, e, *looped.states)), outputs[-1])
         return FeedbackModelOutput(
             last_hidden_state=outputs[-1],
             past_key_values=returned,
             hidden_states=hidden,
             feedback_states=outputs if len(outputs) > 1 or every_step else None,
-            num_feedback_steps=None if looped.num_steps is None else scatter(looped.num_steps, order)[:, -text:],
-            halting_probabilities=looped.probabilities
-            and tuple(scatter(p, order)[:, -text:] for p in looped.probabilities),
-            halting_loss=None if looped.halting_loss is None else scatter(looped.halting_loss, order)[:, -text:],
+            num_feedback_steps=None if looped.num_steps is None else back(looped.num_steps),
+            halting_probabilities=looped.probabilities and tuple(back(p) for p in looped.probabilities),
+            halting_loss=None if looped.halting_loss is None else back(looped.halting_loss),
             halting_logits=looped.halting_logits,
         ).with_state(looped.state if order is None or looped.state is None else put_back(looped.state))
 
@@ -477,7 +479,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         batch, length, _ = embedded.shape
         offset = 0 if cache is None else cache.length
         check_positions("attention_mask", attention_mask, batch, (length, offset + length))
-        mask, order = first_real(attention_mask, length)
+        mask, order = (None, None) if attention_mask is None else first_real(attention_mask, length)
         columns = torch.arange(length, device=embedded.device)
         count = columns.new_zeros(batch) if cache is None or cache.count is None else cache.count
         if position_ids is None:
