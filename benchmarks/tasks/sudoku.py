@@ -418,7 +418,7 @@ TASKS = (
             "muon_lr": 0.02,
             "lr": 3e-3,
             "weight_decay": 0.1,
-            "steps": 2000,
+            "steps": 2900,
             "batch": 64,
             "average": 0.99,
         },
