@@ -23,6 +23,7 @@ class Slot(NamedTuple):
     step: int | str = ""  # number of a pass; "last" where only the last one is kept, "shared" where all share one
     within: tuple[int | str, ...] = ()  # level, layer
 
+    @lru_cache(maxsize=4096)  # noqa: B019  (a slot is a value, and there are few)
     def inner(self, *names: int | str) -> Slot:
         """Return the slot of something within this part."""
         return self._replace(within=(*self.within, *names))
@@ -31,7 +32,7 @@ class Slot(NamedTuple):
         """Return the same slot of the pass before."""
         return self._replace(step=int(self.step) - 1)
 
-    @lru_cache(maxsize=4096)  # noqa: B019  (a slot is a value, and there are few)
+    @lru_cache(maxsize=4096)  # noqa: B019
     def key(self) -> str:
         """Name the slot, as `cell/2/0/`: what exporters save of a cache is JSON, whose keys are strings."""
         return "".join(f"{name}/" for name in (self.part, self.step, *self.within) if name != "")

@@ -80,9 +80,10 @@ class TransformerStack(nn.Module):
         key = (self.causal, self.first, len(self.layers), x.dtype)
         memo = context.memo if self.same_in_passes else {}
         given = memo[key] = memo.get(key) or self.prepare(x, context, memo)
-        states = [x]
+        states, cached = [x], {self.family.cache: cache}
         for layer, arguments in zip(self.layers, given, strict=True):
-            states.append(layer(states[-1], **arguments, **{self.family.cache: cache}))
+            x = layer(x, **arguments, **cached)
+            states.append(x)
         return states
 
     def prepare(self, x: Tensor, context: Context, memo: dict[Any, Any]) -> list[dict[str, Any]]:
