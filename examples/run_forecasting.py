@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         model = model_args.load(AutoModelForTimeSeriesPrediction)
         model.config.prediction_length = series_args.prediction_length
     else:
-        sizes = {**RECIPE.sizes, "embedding_type": "values", "prediction_length": series_args.prediction_length}
+        sizes = {**RECIPE.sizes, "input_config": "values", "prediction_length": series_args.prediction_length}
         model = AutoModelForTimeSeriesPrediction.from_config(model_args.config(RECIPE.architecture, **sizes))
     print(f"{model.num_parameters():,} parameters")
 

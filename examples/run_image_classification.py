@@ -104,13 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
             raise ValueError("--image_size and --num_channels are of a new model: leave them out with a checkpoint.")
         others = known is not None and targets != known  # the readout begins anew if it has another size
         model = model_args.load(AutoModelForImageClassification, **targets.labels, ignore_mismatched_sizes=others)
+        size, _ = scripts.image_sizes(looks)  # where it was saved without an image processor
     else:
-        sizes = scripts.image_sizes(looks, image_args.image_size, image_args.num_channels)
-        sizes = {**RECIPE.sizes, **sizes, "embedding_type": "patches", "is_causal": False}
+        size, images = scripts.image_sizes(looks, image_args.image_size, image_args.num_channels)
+        sizes = {**RECIPE.sizes, "input_config": images, "is_causal": False}
         config = model_args.config(RECIPE.architecture, **sizes, **targets.labels)
         model = AutoModelForImageClassification.from_config(config)
-    processor = scripts.image_processor(model.config.image_size, checkpoint, **model_args.hub_options)
-    scripts.print_images(looks, model.config.image_size, model.config.num_channels)
+    processor = scripts.image_processor(size, checkpoint, **model_args.hub_options)
+    scripts.print_images(looks, processor.size["height"], model.config.input_config.num_channels)
     rows = dataset["train"] if training_args.do_train else next(iter(dataset.values()))
     print(f"{model.num_parameters():,} parameters")
     if image_args.class_weights == "balanced":

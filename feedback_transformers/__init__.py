@@ -10,7 +10,7 @@ from .models.feedback_cache import FeedbackCache
 from .models.feedback_registry import register
 from .models.feedback_states import FeedbackState
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
-from .models.modeling_feedback_image import FeedbackForImageClassification
+from .models.modeling_feedback_image import FeedbackForImageClassification, FeedbackForVideoClassification
 from .models.modeling_feedback_seq2seq import FeedbackForConditionalGeneration
 from .models.modeling_feedback_series import FeedbackForTimeSeriesPrediction
 from .models.modeling_feedback_text import (
@@ -36,6 +36,7 @@ __all__ = [
     "FeedbackForSequenceClassification",
     "FeedbackForTimeSeriesPrediction",
     "FeedbackForTokenClassification",
+    "FeedbackForVideoClassification",
     "FeedbackModel",
     "FeedbackPreTrainedModel",
     "FeedbackState",

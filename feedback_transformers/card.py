@@ -238,7 +238,7 @@ def usage(auto: str, task: str, repository: str, config: FeedbackConfig) -> str:
         load.append(f'{variable} = {reader}.from_pretrained("{repository}")')
     imports = {"image-classification": ["from PIL import Image"], "time-series-forecasting": ["import torch"]}
     names = ", ".join(sorted(filter(None, (auto, reader))))
-    steps = tuple(step.replace("{channels}", str(config.num_channels)) for step in steps)
+    steps = tuple(step.replace("{channels}", str(getattr(config.input_config, "num_channels", 1))) for step in steps)
     return "\n".join([*imports.get(task, ()), f"from transformers import {names}", "", *load, *steps])
 
 

@@ -47,9 +47,14 @@ SENSIBLE: dict[str, list[Any]] = {
         {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1},
     ],
     "is_causal": [True, False],
-    "image_size": [4, 8],
-    "patch_size": [2, 4],
-    "num_channels": [1, 3],
+    "input_config": [
+        "tokens",
+        {"type": "images", "patch_size": 2, "num_channels": 1},
+        {"type": "images", "patch_size": 4, "positions": "none"},
+        {"type": "videos", "patch_size": 3, "tubelet_size": 2},
+        {"type": "values", "num_channels": 3},
+    ],
+    "source_config": [None, {"type": "images", "num_channels": 1}],
     "prediction_length": [1, 3],
     "num_encoder_layers": [0, 1, 2],
     "num_feedback_layers": [1, 2],
@@ -116,7 +121,7 @@ NONSENSE_OF = {
         {1: 2},
     ],
     "retrofitted_from": ["LlamaForCausalLM", "BertModel", "nope"],
-    "format_version": [3, 0],
+    "format_version": [4, 0],
     "initializer_range": [0.0],
 }
 NAMES = sorted({field.name for field in fields(FeedbackConfig)} & set(SENSIBLE) | set(NONSENSE_OF))

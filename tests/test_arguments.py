@@ -81,7 +81,7 @@ def test_trainer_keeps_the_columns_of_a_pair_of_texts(head, tmp_path):
 def test_every_argument_is_named(head):
     names = set(inspect.signature(head.forward).parameters)
     assert {"num_feedback_steps", "output_hidden_states", "output_feedback_states"} <= names
-    if head.embedding_type == "tokens" if head is not FeedbackModel else False:
+    if head is not FeedbackModel and head.reads == "input_ids":
         assert {"attention_mask", "inputs_embeds"} <= names
         if head is not FeedbackForConditionalGeneration:
             assert {"position_ids", "token_type_ids"} <= names

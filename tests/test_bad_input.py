@@ -40,7 +40,7 @@ CONFIGS = [
     ({"norm_placement": "post", "backbone_config": "gpt2"}, "use a backbone_config of llama"),
     ({"feedback_recursion": "refinement", "feedback_connection": "sum"}, "set initial_state='learned'"),
     ({"num_prefix_tokens": 2}, "num_prefix_tokens needs is_causal=False"),
-    ({"format_version": 3}, "upgrade feedback_transformers"),
+    ({"format_version": 4}, "upgrade feedback_transformers"),
     ({"backbone_config": {"model_type": "bert"}}, "Unknown backbone 'bert'; choose one of llama"),
     ({"hidden_act": "nope"}, "Unknown hidden_act 'nope'; choose rrelu or one of"),
     ({"num_feedback_steps": 0}, "num_feedback_steps is 0; it must be at least 1"),
@@ -111,9 +111,20 @@ CONFIGS = [
     ({"share_encoder_decoder": True, "is_encoder_decoder": True}, "set one of them to False"),
     ({"is_encoder_decoder": True, "is_causal": False}, "set is_causal=True"),
     ({"feedback_signal": "output", "feedback_axis": "time", "is_causal": False}, "or decoder_type='mlp'"),
-    ({"embedding_type": "patches", "image_size": 10, "patch_size": 4}, "must be a multiple of patch_size"),
-    ({"embedding_type": "patches", "image_size": 80}, "400 patches need max_position_embeddings >= 400"),
-    *(({name: "nope"}, f"Unknown {name} 'nope'; choose one of {known[0]}") for name, known in CHOICES.items()),
+    ({"input_config": {"type": "images", "patch_size": 0}}, "patch_size of an input of images is 0"),
+    ({"input_config": {"type": "images", "positions": "x"}}, "Unknown positions 'x' of an input of images"),
+    (
+        {"input_config": {"type": "videos", "tubelet": 1}},
+        "Unknown field 'tubelet' of input_config",
+    ),
+    ({"input_config": "image"}, "input_config is 'image'; give the type of an input (tokens, images, videos, values)"),
+    ({"source_config": "images"}, "source_config is what the encoder of is_encoder_decoder=True reads"),
+    ({"input_type": "images"}, "Unknown field 'input_type': did you mean input_config?"),
+    *(
+        ({name: "nope"}, f"Unknown {name} 'nope'; choose one of {known[0]}")
+        for name, known in CHOICES.items()
+        if name != "input_type"
+    ),
 ]
 
 
@@ -153,12 +164,12 @@ def test_unknown_preset():
         (FeedbackForCausalLM, {"is_causal": False}, "FeedbackForCausalLM needs is_causal=True, not False: set"),
         (FeedbackForMaskedLM, {}, "FeedbackForMaskedLM needs is_causal=False"),
         (FeedbackForConditionalGeneration, {}, "needs is_encoder_decoder=True"),
-        (FeedbackForImageClassification, {}, "needs embedding_type='patches', not 'tokens'"),
-        (FeedbackForTimeSeriesPrediction, {}, "needs embedding_type='values', not 'tokens'"),
+        (FeedbackForImageClassification, {}, "reads pixel_values: set input_config='images', not 'tokens'"),
+        (FeedbackForTimeSeriesPrediction, {}, "reads past_values: set input_config='values', not 'tokens'"),
         (
             FeedbackForSequenceClassification,
-            {"embedding_type": "values"},
-            "needs embedding_type='tokens', not 'values'",
+            {"input_config": "values"},
+            "reads input_ids: set input_config='tokens', not 'values'",
         ),
     ],
 )
@@ -173,8 +184,8 @@ INPUTS = [
     ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, "The input is empty: give at least one position"),
     ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, "The input is empty"),
     ({"input_ids": torch.zeros(5, dtype=torch.long)}, r"The input has 1 dimensions; it must be \[batch, positions\]"),
-    ({}, "Give exactly one of input_ids, inputs_embeds"),
-    ({"input_ids": tokens(), "inputs_embeds": torch.zeros(2, 13, 32)}, "Give exactly one of"),
+    ({}, "This model reads input_ids: give exactly one of input_ids and inputs_embeds"),
+    ({"input_ids": tokens(), "inputs_embeds": torch.zeros(2, 13, 32)}, "give exactly one of"),
     (
         {"input_ids": tokens(), "attention_mask": torch.ones(2, 12)},
         r"attention_mask has the shape \[2, 12\]; it must have the shape \[2, 13\]",
@@ -344,14 +355,14 @@ def test_several_classes_of_one_token():
 
 
 def test_images_and_series_of_another_shape():
-    model = build(FeedbackForImageClassification, embedding_type="patches", is_causal=False, image_size=8)
-    with pytest.raises(ValueError, match=r"pixel_values are \(2, 8, 8\); this model takes \(1, 8, 8\)"):
+    model = build(FeedbackForImageClassification, input_config={"type": "images", "num_channels": 1}, is_causal=False)
+    with pytest.raises(ValueError, match=r"pixel_values have the shape \[2, 2, 8, 8\]; .* with 1 channels"):
         model(torch.zeros(2, 2, 8, 8))
     with pytest.raises(ValueError, match="needs at least two time steps"):
-        build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 1))
+        build(FeedbackForTimeSeriesPrediction, input_config="values")(torch.zeros(2, 1))
     with pytest.raises(ValueError, match="past_values have 3 channels and this model 1"):
-        build(FeedbackForTimeSeriesPrediction, embedding_type="values")(torch.zeros(2, 5, 3))
-    model, counts = build(FeedbackForTimeSeriesPrediction, embedding_type="values"), torch.arange(10).view(2, 5)
+        build(FeedbackForTimeSeriesPrediction, input_config="values")(torch.zeros(2, 5, 3))
+    model, counts = build(FeedbackForTimeSeriesPrediction, input_config="values"), torch.arange(10).view(2, 5)
     assert torch.equal(model(counts).prediction_outputs, model(counts.float()).prediction_outputs)
     for name, values in (("past_values", {}), ("future_values", {"past_values": torch.rand(2, 5)})):
         with pytest.raises(ValueError, match=f"{name} holds nan or infinite numbers: fill the gaps first"):
@@ -387,8 +398,8 @@ def test_labels_of_several_classes_at_once():
 
 
 def test_no_vocabulary_in_a_model_of_images():
-    model = build(FeedbackForImageClassification, embedding_type="patches", is_causal=False, image_size=8)
-    with pytest.raises(ValueError, match="A model of patches has no vocabulary that could be resized"):
+    model = build(FeedbackForImageClassification, input_config={"type": "images", "num_channels": 1}, is_causal=False)
+    with pytest.raises(ValueError, match="A model of images has no vocabulary that could be resized"):
         model.resize_token_embeddings(60)
 
 

@@ -175,11 +175,11 @@ def test_folder_of_images(tmp_path):
         for i in range(10):
             pixels = generator.integers(0, 255, (20, 30, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
-    sizes = "num_channels=3,image_size=16,patch_size=4,hidden_size=16"
-    flags = ["--config_overrides", sizes, "--output_dir", tmp_path / "out"]
+    sizes = "input_config.patch_size=4,hidden_size=16"
+    flags = ["--image_size", 16, "--config_overrides", sizes, "--output_dir", tmp_path / "out"]
     run("run_image_classification", "--train_file", tmp_path / "images", *flags)
     config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
-    assert (config.num_channels, config.id2label) == (3, {0: "cat", 1: "dog"})
+    assert (config.input_config.num_channels, config.id2label) == (3, {0: "cat", 1: "dog"})
 
 
 def test_arguments_in_a_json_file(tmp_path):

@@ -83,14 +83,14 @@ def refused_well(error: Exception) -> None:
 def inputs_of(model) -> tuple[dict, dict]:
     """Inputs of a size that the config allows, and labels for them."""
     config, head = model.config, type(model)
-    if config.embedding_type == "patches":
-        size = config.image_size
-        return {"pixel_values": torch.randn(2, config.num_channels, size, size)}, {"labels": labels_of(config, 2)}
-    if config.embedding_type == "values":
-        series = torch.randn(2, LENGTH, config.num_channels)
-        return {"past_values": series}, {
-            "future_values": torch.randn(2, config.prediction_length, config.num_channels)
-        }
+    if config.input_type in ("images", "videos"):
+        frames = (3,) if config.input_type == "videos" else ()
+        pixels = torch.randn(2, *frames, config.input_config.num_channels, 8, 6)
+        return {"pixel_values": pixels}, {"labels": labels_of(config, 2)}
+    if config.input_type == "values":
+        channels = config.input_config.num_channels
+        series = torch.randn(2, LENGTH, channels)
+        return {"past_values": series}, {"future_values": torch.randn(2, config.prediction_length, channels)}
     ids = torch.randint(config.vocab_size, (2, LENGTH))
     if head is FeedbackForConditionalGeneration:
         return {"input_ids": ids, "decoder_input_ids": ids}, {"labels": ids}

@@ -321,10 +321,8 @@ def test_fill_mask_pipeline():
 def test_image_classification_pipeline():
     model = build(
         FeedbackForImageClassification,
-        embedding_type="patches",
+        input_config="images",
         is_causal=False,
-        image_size=8,
-        num_channels=3,
         num_labels=4,
     )
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})

@@ -231,7 +231,7 @@ def test_predictions_in_training():
 def test_predictions_without_classes():
     prediction = {"halting": "converged", "halting_measure": "prediction"}
     with pytest.raises(ValueError, match="halting_measure='state'"):
-        build(FeedbackForTimeSeriesPrediction, embedding_type="values", num_channels=1, **prediction)
+        build(FeedbackForTimeSeriesPrediction, input_config="values", **prediction)
     with pytest.raises(ValueError, match="halting_measure='state'"):
         build(FeedbackForQuestionAnswering, **prediction)
     with pytest.raises(ValueError, match="use 'state'"):

@@ -28,6 +28,7 @@ from feedback_transformers import (
     FeedbackForSequenceClassification,
     FeedbackForTimeSeriesPrediction,
     FeedbackForTokenClassification,
+    FeedbackForVideoClassification,
     FeedbackModel,
 )
 from feedback_transformers.models.configuration_feedback import MODELING
@@ -41,19 +42,26 @@ HEADS = {
     FeedbackForQuestionAnswering: {},
     FeedbackForConditionalGeneration: {"is_encoder_decoder": True, "decoder_start_token_id": BOS},
     FeedbackForImageClassification: {
-        "embedding_type": "patches",
+        "input_config": {"type": "images", "num_channels": 1},
         "is_causal": False,
-        "image_size": 8,
         "pad_token_id": None,
     },
-    FeedbackForTimeSeriesPrediction: {"embedding_type": "values", "prediction_length": 4, "pad_token_id": None},
+    FeedbackForVideoClassification: {
+        "input_config": {"type": "videos", "num_channels": 1},
+        "is_causal": False,
+        "pad_token_id": None,
+    },
+    FeedbackForTimeSeriesPrediction: {"input_config": "values", "prediction_length": 4, "pad_token_id": None},
 }
+SERIES_OF_TWO = {**HEADS[FeedbackForTimeSeriesPrediction], "input_config": {"type": "values", "num_channels": 2}}
 each_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
 
 
 def inputs_of(head) -> dict:
     if head is FeedbackForImageClassification:
         return {"pixel_values": torch.randn(2, 1, 8, 8), "labels": torch.tensor([0, 1])}
+    if head is FeedbackForVideoClassification:
+        return {"pixel_values": torch.randn(2, 4, 1, 8, 8), "labels": torch.tensor([0, 1])}
     if head is FeedbackForTimeSeriesPrediction:
         return {"past_values": torch.randn(2, 10).cumsum(1), "future_values": torch.randn(2, 4)}
     inputs = {"input_ids": tokens(), "attention_mask": torch.ones(2, 13, dtype=torch.long)}
@@ -73,7 +81,7 @@ def test_every_head_is_registered_and_round_trips(head, tmp_path):
     model, inputs = build(head, **HEADS[head]), inputs_of(head)
     outputs = model(**inputs)
     model.save_pretrained(tmp_path)
-    (auto,) = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head.__name__}")]
+    auto, *_ = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head.__name__}")]
     import transformers
 
     loaded, info = getattr(transformers, auto).from_pretrained(tmp_path, output_loading_info=True)
@@ -228,7 +236,7 @@ def test_a_series_in_another_unit_has_the_same_forecast():
 
 
 def test_a_past_that_never_changes_is_left_out_of_the_loss():
-    model = build(FeedbackForTimeSeriesPrediction, num_channels=2, **HEADS[FeedbackForTimeSeriesPrediction])
+    model = build(FeedbackForTimeSeriesPrediction, **SERIES_OF_TWO)
     past, future = torch.randn(3, 10, 2), torch.randn(3, 4, 2)
     expected = model(past[:2], future_values=future[:2])
     past[2] = 30_000.1
@@ -327,7 +335,7 @@ def test_image_steps(fields):
 def test_hidden_states_of_a_series():
     """Those of the past where a forecast is made; the last one predicts its first step."""
     head = FeedbackForTimeSeriesPrediction
-    model, past = build(head, num_channels=2, **HEADS[head]), torch.randn(2, 9, 2)
+    model, past = build(head, **SERIES_OF_TWO), torch.randn(2, 9, 2)
     outputs = model(past, output_hidden_states=True)
     assert len(outputs.hidden_states) == 2 + 3 + 1
     assert {tuple(h.shape) for h in outputs.hidden_states} == {(2, 9, 32)}
@@ -380,7 +388,7 @@ def test_input_embeddings_of_images_and_series(head):
 def test_forecast_feeds_itself_back(axis):
     """Rolling out with a cache equals reading the whole series again at each step."""
     head = FeedbackForTimeSeriesPrediction
-    model, past = build(head, feedback_axis=axis, num_channels=2, **HEADS[head]), torch.randn(2, 7, 2).cumsum(1)
+    model, past = build(head, feedback_axis=axis, **SERIES_OF_TWO), torch.randn(2, 7, 2).cumsum(1)
     with torch.no_grad():
         rolled = model(past).prediction_outputs
         series = (past - past.mean(1, keepdim=True)) / (past.std(1, keepdim=True) + 1e-5)

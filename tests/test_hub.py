@@ -307,7 +307,7 @@ def test_names_of_weights_before_a_release(head, names, tmp_path):
 def test_newer_format_is_refused(tmp_path):
     build().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["format_version"] = 3
+    config["format_version"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="upgrade feedback_transformers"):
         FeedbackForCausalLM.from_pretrained(tmp_path)

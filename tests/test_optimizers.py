@@ -42,7 +42,7 @@ def test_every_weight_is_trained_once_and_by_the_right_one():
 
 
 def test_the_ends_of_a_forecast_are_outside_of_muon():
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "embedding_type": "values", "num_channels": 3}
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "input_config": {"type": "values", "num_channels": 3}}
     trained = FeedbackForTimeSeriesPrediction(FeedbackConfig(**sizes, feedback_signal="output"))
     names = {id(p): name for name, p in trained.named_parameters()}
     outer = {names[id(p)] for p in MuonAdamW(trained).param_groups[1]["params"]}

@@ -85,7 +85,7 @@ def test_a_checkpoint_is_asked_in_its_own_classes(tmp_path):
     colors = {"apple": (250, 0, 0), "pear": (0, 250, 0), "plum": (0, 0, 250)}
     whole = folder_of_images(tmp_path / "train", **colors)
     some = folder_of_images(tmp_path / "some", pear=colors["pear"], plum=colors["plum"])
-    overrides = "hidden_size=16,intermediate_size=32,num_channels=3"
+    overrides = "hidden_size=16,intermediate_size=32,input_config.num_channels=3"
     flags = ["--max_steps", 60, "--learning_rate", 3e-3, "--max_train_samples", 36, "--config_overrides", overrides]
     files = ["--train_file", whole, "--validation_file", some]
     first = run("run_image_classification", *files, *flags, "--output_dir", tmp_path / "out")

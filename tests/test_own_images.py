@@ -55,7 +55,7 @@ def test_red_and_blue_photographs_and_the_pipeline(tmp_path, capsys):
     assert "13 images of 30 x 18 to 40 x 23 pixels, in colour; the model reads them as 20 x 20, in colour" in said
     assert "train: 11 images" in said and "validation: 2 images" in said and "the best loss" in said
     config = AutoConfig.from_pretrained(tmp_path / "out")
-    assert (config.num_channels, config.image_size, config.patch_size) == (3, 20, 2)
+    assert (config.input_config.num_channels, config.input_config.patch_size) == (3, 2)
     assert config.id2label == {0: "blue", 1: "red"}
     measured = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert {f"eval_accuracy_step_{k}" for k in range(1, 9)} <= measured.keys()
@@ -68,7 +68,7 @@ def test_red_and_blue_photographs_and_the_pipeline(tmp_path, capsys):
 def test_the_pipeline_of_grey_images(tmp_path):
     """The script's own default data: the files are grey, and a pipeline opens every file in colour."""
     run("run_image_classification", "--output_dir", tmp_path / "out")
-    assert AutoConfig.from_pretrained(tmp_path / "out").num_channels == 1
+    assert AutoConfig.from_pretrained(tmp_path / "out").input_config.num_channels == 1
     digit = data.load("mnist-5k")["test"]["image"][0]
     digit.save(tmp_path / "digit.png")
     classify = pipeline("image-classification", model=str(tmp_path / "out"), top_k=10)
@@ -80,9 +80,7 @@ def test_the_pipeline_of_grey_images(tmp_path):
 
 
 def test_a_grey_model_reads_the_brightness_of_colours():
-    model = build(
-        FeedbackForImageClassification, embedding_type="patches", is_causal=False, image_size=8, num_channels=1
-    )
+    model = build(FeedbackForImageClassification, input_config={"type": "images", "num_channels": 1}, is_causal=False)
     image = picture(size=(8, 8))
     colours = torch.tensor(np.asarray(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
     grey = torch.tensor(np.asarray(image.convert("L"), dtype=np.float32))[None, None] / 127.5 - 1
@@ -239,7 +237,8 @@ def test_a_checkpoint_keeps_its_own_image_processor(tmp_path):
     ],
 )
 def test_sizes_are_read_from_the_images(looks, given, expected):
-    assert tuple(image_sizes(looks, **given).values()) == expected
+    size, images = image_sizes(looks, **given)
+    assert (size, images["patch_size"], images["num_channels"]) == expected
 
 
 # Folders

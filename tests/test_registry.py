@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from feedback_transformers import register
+from feedback_transformers.models.feedback_inputs import Embedded
+from feedback_transformers.models.feedback_inputs_text import TokenInput
 
 
 @register("feedback_connection", "mean")
@@ -53,14 +55,10 @@ class Same(Scale):
     pass
 
 
-@register("embedding_type", "tokens_twice")
-class Twice(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-
+@register("input_type", "tokens_twice")
+class Twice(TokenInput):
     def forward(self, input_ids):
-        return 2 * self.embed_tokens(input_ids)
+        return Embedded(2 * self.embed_tokens(input_ids))
 
 
 @register("feedback_type", "plain")
@@ -166,8 +164,8 @@ def test_the_code_travels(own, tmp_path):
     assert "from .feedback_registry import register" in (tmp_path / "models" / "1" / "leaky.py").read_text()
     printed = run_elsewhere(ELSEWHERE, tmp_path / "models", folder=tmp_path).splitlines()
     assert printed == ["leaky leaky.py", "plain parts.py", "leaky leaky.py parts.py"]
-    twice = build(FeedbackModel, embedding_type="tokens_twice").embeddings
-    assert torch.equal(twice(tokens()), 2 * twice.embed_tokens(tokens()))
+    twice = build(FeedbackModel, input_config="tokens_twice").embeddings
+    assert torch.equal(twice(tokens()).x, 2 * twice.embed_tokens(tokens()))
 
 
 @pytest.mark.parametrize("field", feedback_registry.REGISTRIES)
@@ -246,7 +244,7 @@ def test_a_checkpoint_without_registered_parts_is_as_before(tmp_path):
 
 
 def test_what_cannot_be_registered_is_refused(own, tmp_path, caplog):
-    with pytest.raises(ValueError, match="There are no parts for 'num_labels'; choose one of embedding_type"):
+    with pytest.raises(ValueError, match="There are no parts for 'num_labels'; choose one of input_type"):
         register("num_labels", "mine")
     with pytest.raises(ValueError, match="There is a feedback_type 'gru' already: choose another name"):
         own("leaky", LEAKY.replace('"leaky"', '"gru"'))

@@ -106,7 +106,7 @@ def test_other_heads_take_a_state():
     state = classifier(batch, num_feedback_steps=2).feedback_state
     expected = classifier(batch, num_feedback_steps=4).logits
     assert torch.equal(classifier(batch, num_feedback_steps=2, feedback_state=state).logits, expected)
-    image = build(FeedbackForImageClassification, embedding_type="patches", image_size=8, is_causal=False)
+    image = build(FeedbackForImageClassification, input_config={"type": "images", "num_channels": 1}, is_causal=False)
     pixels = torch.randn(2, 1, 8, 8)
     state = image(pixels, num_feedback_steps=2).feedback_state
     expected = image(pixels, num_feedback_steps=4).logits

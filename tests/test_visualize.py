@@ -145,7 +145,7 @@ EXAMPLES = {
 def test_every_head_is_drawn(head, tmp_path):
     """Each row is what the model predicts when it makes so many steps."""
     model, (example, rows) = build(head, **HEADS[head]), EXAMPLES[head]
-    size, channels = model.config.image_size, model.config.num_channels
+    size, channels = 8, getattr(model.config.input_config, "num_channels", 1)
     processor = make_tokenizer()
     if head is FeedbackForImageClassification:
         like = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, logging
 
+from .feedback_inputs import Fields
+from .feedback_modalities import FLAT_FIELDS, fields_of, from_flat
 from .feedback_names import (
     CHOICES,
     NOT_OF_LAYERS,
@@ -26,7 +28,9 @@ from .feedback_names import (
     shared_names,
 )
 from .feedback_presets import PRESETS
-from .feedback_rules import check, check_given, check_sizes
+from .feedback_rules import came_along, check, check_given, check_sizes
+
+logger = logging.get_logger(__name__)
 
 MODELING = {
     "AutoModel": "modeling_feedback.FeedbackModel",
@@ -37,6 +41,8 @@ MODELING = {
     "AutoModelForQuestionAnswering": "modeling_feedback_text.FeedbackForQuestionAnswering",
     "AutoModelForSeq2SeqLM": "modeling_feedback_seq2seq.FeedbackForConditionalGeneration",
     "AutoModelForImageClassification": "modeling_feedback_image.FeedbackForImageClassification",
+    "AutoModelForVideoClassification": "modeling_feedback_image.FeedbackForVideoClassification",
+    "AutoModelForImageTextToText": "modeling_feedback_seq2seq.FeedbackForConditionalGeneration",
     "AutoModelForTimeSeriesPrediction": "modeling_feedback_series.FeedbackForTimeSeriesPrediction",
 }
 AUTO_MAP = {"AutoConfig": "configuration_feedback.FeedbackConfig", **MODELING}
@@ -55,6 +61,8 @@ OTHER_NAMES = {
     "hidden_dropout_prob": "dropout",
     "encoder": "encoder_type",
     "decoder": "decoder_type",
+    **dict.fromkeys(("input_type", "inputs"), "input_config"),
+    "source_type": "source_config",
     "halting_type": "halting",
     "solver_iterations": "solver_steps",
     "tie_embeddings": "tie_word_embeddings",
@@ -137,16 +145,16 @@ class FeedbackConfig(PreTrainedConfig):
         mixer_size: width of that MLP; `None` makes it `intermediate_size`.
         is_causal: whether a position sees only itself and earlier ones. Use `False` for masked language models and
             for classifiers that read both sides.
-        embedding_type: input of the model: `"tokens"` (input_ids), `"patches"` (pixel_values) or `"values"`
-            (past_values).
+        input_config: what the model reads, as a type or as a dictionary of the type and its fields: `"tokens"`
+            (input_ids), `"images"` or `"videos"` (pixel_values), or `"values"` (past_values). `{"type": "images",
+            "patch_size": 8}` has the fields of ImageFields.
+        source_config: what the encoder of a sequence-to-sequence model reads, in the same way; `None` takes tokens of
+            the target's vocabulary.
         embedding_scale: factor of the embeddings.
         num_prefix_tokens: positions before the text that hold learned vectors: registers, or a puzzle's embedding.
         num_prefixes: number of prefixes to choose from by `prefix_ids`.
         prefix_size: learned numbers of a prefix, filled up with zeros; `None` makes it all, `num_prefix_tokens` times
             `hidden_size`.
-        image_size: height and width of images in pixels, for `"patches"`.
-        patch_size: height and width of a patch in pixels; it divides `image_size`.
-        num_channels: channels of an image or of a time series.
         prediction_length: number of future values that a time series model predicts.
         encoder_type: layers before the loop: `"transformer"`, `"rnn"` (GRU) or `"cnn"`.
         num_encoder_layers: number of encoder layers; 0 feeds the embeddings into the loop.
@@ -279,14 +287,12 @@ class FeedbackConfig(PreTrainedConfig):
     mixer_size: int | None = None
     is_causal: bool = True
 
-    embedding_type: str = "tokens"
+    input_config: Any = "tokens"  # str, dict or Fields; always Fields once built
+    source_config: Any = None  # likewise, or None
     embedding_scale: float | int = 1.0
     num_prefix_tokens: int = 0
     num_prefixes: int = 1
     prefix_size: int | None = None
-    image_size: int = 28
-    patch_size: int = 4
-    num_channels: int = 1
     prediction_length: int = 24
 
     encoder_type: str = "transformer"
@@ -350,7 +356,7 @@ class FeedbackConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     decoder_start_token_id: int | None = None
     plugins: list[str] | None = None
-    format_version: int = 2
+    format_version: int = 3
 
     @classmethod
     def preset(cls, name: str, **fields: Any) -> "FeedbackConfig":
@@ -364,6 +370,11 @@ class FeedbackConfig(PreTrainedConfig):
         self.auto_map = dict(AUTO_MAP)
         kwargs.pop("auto_map", None)
         import_plugins()
+        if {*FLAT_FIELDS} & kwargs.keys():
+            kwargs = self._read_flat(kwargs)
+        for name in ("input_config", "source_config"):
+            if (given := getattr(self, name)) is not None or name == "input_config":
+                setattr(self, name, fields_of(given, name, came_along(self)))
         files = {name for name, _ in self.registered_parts()}
         self.plugins = sorted(files) if files else self.plugins
         self._refuse_misspelled(kwargs)
@@ -395,6 +406,24 @@ class FeedbackConfig(PreTrainedConfig):
             self._refuse_misplaced({name: value})
         super().__setattr__(name, value)
 
+    def _read_flat(self, others: dict[str, Any]) -> dict[str, Any]:
+        """Set input_config from the fields of 0.1.0; return the other arguments."""
+        logger.warning_once(
+            "embedding_type, image_size, patch_size and num_channels are fields of input_config now, such as "
+            'input_config={"type": "images", "patch_size": 4, "num_channels": 3}.'
+        )
+        moved = from_flat(others)
+        self.input_config = moved.pop("input_config")
+        return moved
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as what JSON can hold."""
+        values = super().to_dict()
+        for name in ("input_config", "source_config"):
+            if isinstance(values[name], Fields):
+                values[name] = values[name].to_dict()
+        return values
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> "FeedbackConfig":
         """Return this config, as encoder and decoder share it; transformers would set decoder_type as `type`."""
         return self
@@ -402,8 +431,11 @@ class FeedbackConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Make a config as in transformers; `backbone_config` may change fields of the layers, not their family."""
-        if config_dict.get("model_type") == cls.model_type and config_dict.get("format_version") == 1:
-            config_dict = {**config_dict, "format_version": 2, "norm_eps": 1e-6}  # of all norms then
+        version = config_dict.get("format_version", 3) if config_dict.get("model_type") == cls.model_type else 3
+        if version == 1:
+            config_dict = {**config_dict, "norm_eps": 1e-6}  # of all norms then
+        if version < 3:
+            config_dict = {**from_flat(config_dict), "format_version": 3}
         given, saved = kwargs.get("backbone_config"), config_dict.get("backbone_config")
         if given is not None and isinstance(saved, dict):
             family = saved.get("model_type", "llama")
@@ -449,7 +481,8 @@ class FeedbackConfig(PreTrainedConfig):
 
     def registered_parts(self) -> list[tuple[str, str]]:
         """Return the file names and texts of the registered parts that this config names."""
-        return [REGISTERED[field, name] for field in CHOICES if (field, name := getattr(self, field)) in REGISTERED]
+        named = [*((field, getattr(self, field)) for field in CHOICES), ("input_type", self.source_type)]
+        return [REGISTERED[each] for each in dict.fromkeys(named) if each in REGISTERED]
 
     def _backbone(self, given: str | dict | PreTrainedConfig | None) -> PreTrainedConfig:
         """Return the config of the borrowed layers; sizes in `given` are copied here, all others come from here."""
@@ -517,9 +550,14 @@ class FeedbackConfig(PreTrainedConfig):
         return self.feedback_axis == "depth" or self.solver in SOLVERS_IN_PASSES
 
     @property
-    def num_patches(self) -> int:
-        """Positions of an image."""
-        return (self.image_size // self.patch_size) ** 2
+    def input_type(self) -> str:
+        """Type of the model's input."""
+        return self.input_config.type
+
+    @property
+    def source_type(self) -> str:
+        """Type of the input that a sequence-to-sequence model's encoder reads."""
+        return "tokens" if self.source_config is None else self.source_config.type
 
     @property
     def has_attention(self) -> bool:

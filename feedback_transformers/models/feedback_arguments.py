@@ -23,7 +23,7 @@ def named_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate `forward`: reject arguments that the model would ignore, and return a tuple with `return_dict=False`.
 
     The model knows what the signature of `forward` names. A `forward` that ends with `**kwargs` also takes the names
-    in the model's `loss_arguments`. Trainer keeps only those columns of a dataset that the signature names, so every
+    in the model's `more_arguments`. Trainer keeps only those columns of a dataset that the signature names, so every
     argument that can be a column has to be there.
     """
     parameters = list(signature(forward).parameters.values())[1:]
@@ -34,7 +34,7 @@ def named_arguments(forward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError("Attention weights are not returned: leave output_attentions out.")
-        known = named.union(self.loss_arguments) if takes_more else named
+        known = named.union(self.more_arguments) if takes_more else named
         for name, value in kwargs.items():
             if name not in known and not changes_nothing(name, value):
                 raise ValueError(refusal(self, name, known))

@@ -275,6 +275,8 @@ class Context:
     cache: FeedbackCache | None = None
     slot: Slot = Slot()
     running: Tensor | None = None  # [B, T], False where a position stopped at an earlier step
+    grid: tuple[int, ...] = ()  # whose cells the positions are, in the order in which they were given
+    order: Tensor | None = None  # [B, T] the given places of the positions, real ones first; None where they are alike
     blocks: Tensor | None = None  # [B, T], 0 for positions that see each other on both sides, -1 for others
     source: Tensor | None = None  # [B, S, D] the encoded source of a sequence-to-sequence model
     source_mask: Tensor | None = None  # [B, S]

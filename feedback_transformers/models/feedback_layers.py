@@ -24,6 +24,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import BACKBONES, family_member
 from .feedback_cache import Context, KeyValueSlots, MaskSizes
+from .feedback_modalities import INPUTS
+from .feedback_padding import gather, scatter
 
 ACT2FN.setdefault("rrelu", nn.RReLU)
 
@@ -224,15 +226,16 @@ class MLPLayer(nn.Module):
 
 
 class ConvStack(nn.Module):
-    """Residual layers x + W act(conv(norm(x))) along the positions, or over the grid of an image.
+    """Residual layers x + W act(conv(norm(x))) along the positions, or over the grid of an image or a video.
 
     A causal convolution pads on the left only and keeps its last inputs for the next call.
     """
 
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
         super().__init__()
-        grid = config.image_size // config.patch_size if config.embedding_type == "patches" and not causal else None
-        self.layers = nn.ModuleList(ConvLayer(config, causal, grid) for _ in range(num_layers))
+        kind = config.source_type if config.is_encoder_decoder else config.input_type  # the target is causal
+        axes = 1 if causal else INPUTS[kind].axes
+        self.layers = nn.ModuleList(ConvLayer(config, causal, axes) for _ in range(num_layers))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for i, layer in enumerate(self.layers):
@@ -243,11 +246,11 @@ class ConvStack(nn.Module):
 class ConvLayer(nn.Module):
     """One layer of a ConvStack."""
 
-    def __init__(self, config: FeedbackConfig, causal: bool, grid: int | None) -> None:
+    def __init__(self, config: FeedbackConfig, causal: bool, axes: int) -> None:
         super().__init__()
-        self.causal, self.grid, self.kernel_size = causal, grid, config.conv_kernel_size
+        self.causal, self.axes, self.kernel_size = causal, axes, config.conv_kernel_size
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        conv = nn.Conv1d if grid is None else nn.Conv2d
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
         padding: str | int = 0 if causal else "same"
         self.conv = conv(config.hidden_size, config.hidden_size, config.conv_kernel_size, padding=padding)
         self.act = ACT2FN[config.hidden_act]
@@ -259,9 +262,11 @@ class ConvLayer(nn.Module):
             inputs = inputs * context.mask[..., None]
         if self.causal:
             inputs = self.with_past(inputs, context)
-        elif self.grid is not None:
-            inputs = inputs.unflatten(1, (self.grid, self.grid))
+        elif self.axes > 1:  # padding cells lie between those of a smaller image
+            inputs = scatter(inputs, context.order).unflatten(1, context.grid)
         convolved = self.conv(inputs.movedim(-1, 1)).flatten(2).movedim(1, -1)
+        if self.axes > 1:
+            convolved = gather(convolved, context.order)
         return x + self.out_proj(self.act(convolved))
 
     def with_past(self, inputs: Tensor, context: Context) -> Tensor:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-EMBEDDING_TYPES = ("tokens", "patches", "values")
+INPUT_TYPES = ("tokens", "images", "videos", "values")
 ENCODER_TYPES = ("transformer", "rnn", "cnn")
 RECURRENT_TYPES = ["gru", "lstm", "diagonal_gru", "min_gru"]  # those of RECURRENCES; `register` adds to them
 FEEDBACK_TYPES = ("mlp", *RECURRENT_TYPES, "conv", "transformer")
@@ -24,7 +24,7 @@ RETROFIT_TYPES = (
 )
 SOLVERS_IN_PASSES = ["jacobi", "gauss_seidel"]  # over all positions; `register` adds to them
 CHOICES: dict[str, tuple[str, ...]] = {
-    "embedding_type": EMBEDDING_TYPES,
+    "input_type": INPUT_TYPES,  # of input_config and source_config
     "encoder_type": ENCODER_TYPES,
     "feedback_type": FEEDBACK_TYPES,
     "decoder_type": DECODER_TYPES,

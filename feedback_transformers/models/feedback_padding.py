@@ -31,6 +31,11 @@ def first_real(attention_mask: Tensor | None, length: int) -> tuple[Tensor | Non
     return mask.gather(1, order), order
 
 
+def all_real(mask: Tensor) -> bool:
+    """Return whether no position is padding, as far as that is known: a compiled model can't look at the values."""
+    return not torch.compiler.is_compiling() and bool(mask.all())
+
+
 def real_first(mask: Tensor) -> Tensor:
     """Return the order [B, T] that puts the real positions of a mask [B, T] first, and keeps the order of each kind.
 

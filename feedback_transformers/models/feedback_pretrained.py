@@ -30,7 +30,7 @@ class FeedbackPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _supports_flex_attn = False
     _is_stateful = True  # no feedback state can be taken back; set here, as transformers' own False hides a mixin's
     sharing: Any = None  # what goes along in a push: see feedback_transformers.hub.describe
-    loss_arguments: ClassVar[tuple[str, ...]] = ()  # what `forward(**kwargs)` takes beyond its signature
+    more_arguments: ClassVar[tuple[str, ...]] = ()  # what `forward(**kwargs)` takes beyond its signature
     unread: ClassVar[dict[str, str]] = {}  # arguments of other models that this one rejects, and what to do instead
 
     def __init__(self, config: FeedbackConfig, *args: Any, **kwargs: Any) -> None:
@@ -75,8 +75,8 @@ class FeedbackPreTrainedModel(CheckpointMixin, PreTrainedModel):
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Resize the embeddings of tokens, as in transformers; reject a model that has none."""
-        if self.config.embedding_type != "tokens":
-            raise ValueError(f"A model of {self.config.embedding_type} has no vocabulary that could be resized.")
+        if self.base_model.embeddings.takes[0] != "input_ids":
+            raise ValueError(f"A model of {self.config.input_type} has no vocabulary that could be resized.")
         return super().resize_token_embeddings(*args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:

@@ -26,9 +26,9 @@ from transformers.utils import cached_file, logging
 from .feedback_cells import CELLS, RecurrentCell
 from .feedback_connections import CONNECTIONS
 from .feedback_decoders import DECODERS
-from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
 from .feedback_halting import HALTING
+from .feedback_modalities import INPUTS
 from .feedback_names import CHOICES, RECURRENT_TYPES, REGISTERED, SOLVERS_IN_PASSES
 from .feedback_recursions import RECURSIONS
 from .feedback_scan import RECURRENCES, Recurrence
@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 Part = TypeVar("Part", bound=type[nn.Module])
 
 REGISTRIES: dict[str, dict[str, Any]] = {
-    "embedding_type": EMBEDDINGS,
+    "input_type": INPUTS,
     "encoder_type": ENCODERS,
     "feedback_type": CELLS,
     "feedback_connection": CONNECTIONS,
@@ -64,7 +64,8 @@ def register(field: str, name: str) -> Callable[[Part], Part]:
 
     A class is built as those of the package are: a cell, a connection, an initial state and a halting rule from the
     config; an encoder and a decoder from the config, a number of layers and whether they are causal; a `Recurrence`
-    from its size; a solver from the loop. A recursion has static methods and is not built.
+    from its size; a solver from the loop; an `Input` from the config and its own fields. A recursion has static
+    methods and is not built.
 
     Args:
         field: one of REGISTRIES, such as feedback_type, feedback_connection, feedback_recursion or halting.
@@ -133,7 +134,10 @@ def import_parts(source: Any, **settings: Any) -> None:
     """
     settings = {name: value for name, value in settings.items() if name in DOWNLOADS}
     config, _ = PreTrainedConfig.get_config_dict(source, **settings)
-    if all(config.get(field, CHOICES[field][0]) in CHOICES[field] for field in REGISTRIES):
+    inputs = [config.get(name) or {} for name in ("input_config", "source_config")]
+    named = [("input_type", each.get("type", "tokens")) for each in inputs]
+    named += [(field, config.get(field, CHOICES[field][0])) for field in REGISTRIES if field != "input_type"]
+    if all(name in CHOICES[field] for field, name in named):
         return
     for file in config.get("plugins") or ():
         path = cached_file(source, check_name(file), **settings)

@@ -22,7 +22,7 @@ from .feedback_names import (
 
 logger = logging.get_logger(__name__)
 
-FORMAT = 2  # of checkpoints; FeedbackConfig.from_dict migrates older ones
+FORMAT = 3  # of checkpoints; FeedbackConfig.from_dict migrates older ones
 LARGEST = 2**31  # sizes and numbers of steps stay far below
 MOST_LAYERS = 10_000  # configs of transformers hold a list with an entry for each layer
 ATTENTIONS = ("full_attention", "sliding_attention")
@@ -33,7 +33,7 @@ AT_LEAST = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 1),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_feedback_layers", "conv_kernel_size"), 1),
     **dict.fromkeys(("feedback_interval", "num_feedback_steps", "solver_steps", "solver_block_size"), 1),
-    **dict.fromkeys(("patch_size", "image_size", "num_channels", "prediction_length"), 1),
+    "prediction_length": 1,
 }
 LARGEST_WEIGHT = 1000  # for factors and deviations; far above it, float32 overflows
 WEIGHTS = (
@@ -56,7 +56,6 @@ def check(config: Any) -> None:
         norms,
         prefixes,
         memories,
-        modalities,
         retrofits,
     ):
         refuse(rule(config))
@@ -79,6 +78,16 @@ def check_given(config: Any, others: dict[str, Any]) -> None:
     refuse(given(config, others))
 
 
+def came_along(config: Any) -> str:
+    """Return what to do about a part that is not known here, if a checkpoint brought code."""
+    if not config.plugins:
+        return ""
+    return (
+        f" Its code came along in {', '.join(config.plugins)}: import that file, or load the model with "
+        "trust_remote_code=True and from_pretrained of a FeedbackFor... class."
+    )
+
+
 def refuse(sentences: Iterator[str]) -> None:
     """Raise ValueError with the first sentence, if there is one."""
     for sentence in sentences:
@@ -88,7 +97,7 @@ def refuse(sentences: Iterator[str]) -> None:
 def needs(config: Any, what: str, **allowed: tuple) -> Iterator[str]:
     """Yield a sentence that names the fields which are not as `what` needs them, and no others."""
     wrong = [
-        f"{name}={' or '.join(map(repr, values))}"
+        f"{name.replace('input_type', 'input_config')}={' or '.join(map(repr, values))}"
         for name, values in allowed.items()
         if getattr(config, name) not in values
     ]
@@ -134,15 +143,8 @@ def numbers(config: Any) -> Iterator[str]:
         )
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
-            came = (
-                ""
-                if not config.plugins
-                else (
-                    f" Its code came along in {', '.join(config.plugins)}: import that file, or load the model with "
-                    "trust_remote_code=True and from_pretrained of a FeedbackFor... class."
-                )
-            )
-            yield f"Unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}.{came}"
+            advice = came_along(config)
+            yield f"Unknown {name} {getattr(config, name)!r}; choose one of {', '.join(known)}.{advice}"
     if config.hidden_act != "rrelu" and config.hidden_act not in ACT2FN:
         yield f"Unknown hidden_act {config.hidden_act!r}; choose rrelu or one of {', '.join(ACT2FN)}."
     for name, least in AT_LEAST.items():
@@ -267,6 +269,8 @@ def combinations(config: Any) -> Iterator[str]:
             "share_encoder_decoder does not go with is_encoder_decoder, whose encoder reads another text: "
             "set one of them to False."
         )
+    if config.source_config is not None and not config.is_encoder_decoder:
+        yield "source_config is what the encoder of is_encoder_decoder=True reads: set that, or leave it out."
     if config.is_encoder_decoder and not config.is_causal:
         yield "is_encoder_decoder writes its target from left to right; set is_causal=True."
 
@@ -433,7 +437,7 @@ def norms(config: Any) -> Iterator[str]:
         )
     if family in BOTH_SIDES:
         what = f"A backbone_config of {family}, whose layers read both sides,"
-        yield from needs(config, what, is_causal=(False,), feedback_axis=("depth",), embedding_type=("tokens",))
+        yield from needs(config, what, is_causal=(False,), feedback_axis=("depth",), input_type=("tokens",))
         if config.backbone_config.embedding_size != config.hidden_size:
             what = "An embedding_size other than hidden_size"
             yield from needs(config, what, feedback_signal=("state", "none"), num_prefix_tokens=(0,))
@@ -464,7 +468,7 @@ def prefixes(config: Any) -> Iterator[str]:
     if config.prefix_size is not None and config.prefix_size > whole_prefix:
         yield f"prefix_size is {config.prefix_size}; {config.num_prefix_tokens} positions hold {whole_prefix} at most."
     yield from needs(
-        config, "num_prefix_tokens", is_causal=(False,), embedding_type=("tokens",), is_encoder_decoder=(False,)
+        config, "num_prefix_tokens", is_causal=(False,), input_type=("tokens",), is_encoder_decoder=(False,)
     )
 
 
@@ -488,15 +492,6 @@ def memories(config: Any) -> Iterator[str]:
         yield "feedback_connection='memory' is written at every position; set feedback_interval=1."
     if config.feedback_signal == "output":
         yield "feedback_connection='memory' feeds back layer states; use feedback_signal='state'."
-
-
-def modalities(config: Any) -> Iterator[str]:
-    if config.embedding_type != "patches":
-        return
-    if config.image_size % config.patch_size:
-        yield f"image_size ({config.image_size}) must be a multiple of patch_size ({config.patch_size})."
-    if config.num_patches > config.max_position_embeddings:
-        yield f"{config.num_patches} patches need max_position_embeddings >= {config.num_patches}."
 
 
 def retrofits(config: Any) -> Iterator[str]:

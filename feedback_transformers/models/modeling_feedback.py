@@ -22,10 +22,11 @@ from .feedback_arguments import PACKED, check_positions, check_types, named_argu
 from .feedback_backbones import BACKBONES, Family, attention_of, base_class, family_member
 from .feedback_cache import Context, FeedbackCache, PositionState
 from .feedback_decoders import DECODERS
-from .feedback_embeddings import EMBEDDINGS
 from .feedback_encoders import ENCODERS
+from .feedback_inputs import Embedded
 from .feedback_layers import TransformerStack, make_norm
 from .feedback_loop import FeedbackLoop
+from .feedback_modalities import make_input
 from .feedback_padding import first_real, gather, scatter
 from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_rules import check_windows
@@ -49,11 +50,17 @@ class StatefulOutput(ModelOutput):
     """
 
     feedback_state: ClassVar[Any] = None  # a FeedbackState of tensors [B, T, ...]
+    positions_mask: ClassVar[Tensor | None] = None  # [B, T] which positions are real, where the input itself knows it
+    grid: ClassVar[tuple[int, ...]] = ()  # whose cells the positions are
 
-    def with_state(self, state: FeedbackState | None) -> Self:
-        """Set the state, and return self."""
-        if not torch.compiler.is_compiling():
-            object.__setattr__(self, "feedback_state", state)
+    def with_state(
+        self, state: FeedbackState | None, positions_mask: Tensor | None = None, grid: tuple[int, ...] = ()
+    ) -> Self:
+        """Set what is no item, and return self."""
+        values = {"feedback_state": state, "positions_mask": positions_mask, "grid": grid}
+        for name, value in values.items():
+            if value is not None and value != () and not (name == "feedback_state" and torch.compiler.is_compiling()):
+                object.__setattr__(self, name, value)
         return self
 
 
@@ -96,7 +103,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         config.validate_architecture()  # fields may have been set since it was made
         retrofitted = config.retrofitted_from is not None
         config.backbone_config._attn_implementation = attention_of(config, config._attn_implementation)
-        self.embeddings = EMBEDDINGS[config.embedding_type](config)
+        self.embeddings: Any = make_input(config, config.input_config)
+        self.source_embeddings: Any = None  # of another source than tokens of the target's vocabulary
+        if config.source_config is not None:
+            self.source_embeddings = make_input(config, config.source_config)
         family = BACKBONES[config.backbone_config.model_type]
         rotary = config.backbone_config.model_type != "gpt2" or not config.has_attention
         self.positions: nn.Module | None = None
@@ -168,17 +178,36 @@ class FeedbackModel(FeedbackPreTrainedModel):
             first += size
 
     @property
-    def input_name(self) -> str:
-        """Name of the module in `embeddings` that maps the raw input to embeddings."""
-        return "embed_tokens" if self.config.embedding_type == "tokens" else "projection"
+    def more_arguments(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the raw data that the model's input takes."""
+        return self.embeddings.takes
+
+    @property
+    def source(self) -> Any:
+        """The input of the source of a sequence-to-sequence model."""
+        return self.embeddings if self.source_embeddings is None else self.source_embeddings
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embeddings of tokens, or the projection of patches or values."""
-        return cast(nn.Module, getattr(self.embeddings, self.input_name))
+        return cast(nn.Module, getattr(self.embeddings, self.embeddings.layer))
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace what `get_input_embeddings` returns."""
-        setattr(self.embeddings, self.input_name, value)
+        setattr(self.embeddings, self.embeddings.layer, value)
+
+    @staticmethod
+    def embed(part: Any, inputs_embeds: Tensor | None, raw: dict[str, Tensor | None]) -> Embedded:
+        """Return what an input makes of its raw data, or inputs_embeds [B, T, D].
+
+        Raises ValueError unless one of both is given, and all of the data is this input's.
+        """
+        given = {name: value for name, value in raw.items() if value is not None}
+        first = part.takes[0]
+        others = [name for name in given if name not in part.takes]
+        if others or (first in given) == (inputs_embeds is not None) or (inputs_embeds is not None and given):
+            instead = f", not {others[0]}" if others else ""
+            raise ValueError(f"This model reads {first}{instead}: give exactly one of {first} and inputs_embeds.")
+        return part(**given) if inputs_embeds is None else Embedded(inputs_embeds)
 
     def place(self, embedded: Tensor, context: Context, token_type_ids: Tensor | None) -> Tensor:
         """Scale the embeddings [B, T, D] of tokens, and add learned positions and types. [B, T, D]"""
@@ -197,19 +226,18 @@ class FeedbackModel(FeedbackPreTrainedModel):
         return self.run_stack(self.encoder, embedded, context.for_part("encoder"))
 
     def encode_source(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None, **raw: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the embeddings and the states of the source of a sequence-to-sequence model, each [B, S, D].
 
-        The source is input_ids [B, S] or inputs_embeds [B, S, D].
+        The source is `raw`, such as input_ids [B, S], or inputs_embeds [B, S, D]. The third result is the mask [B, S]
+        of real positions, where the input itself knows it.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Give the source as input_ids or as inputs_embeds.")
-        embedded = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        context, order = self.make_context(embedded, attention_mask, None, None)
+        embedded, mask, grid = self.embed(self.source, inputs_embeds, raw)
+        context, order = self.make_context(embedded, attention_mask if mask is None else mask, None, None, grid)
         embedded = self.place(gather(embedded, order), context, None)
         context.key_mask = context.mask
-        return scatter(embedded, order), scatter(self.encode(embedded, context), order)
+        return scatter(embedded, order), scatter(self.encode(embedded, context), order), mask
 
     def decode(self, h: Tensor, context: Context) -> Tensor:
         """Return y = g(h) [B, T, D]."""
@@ -243,7 +271,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
         The table is read through its module, so that adapters and hooks count. PEFT tells a module the adapters of
         the rows by a hook, which holds their names.
         """
-        if self.config.embedding_type != "tokens":
+        if self.embeddings.takes[0] != "input_ids":
             raise ValueError(self.needs_a_head())
         embed = self.get_input_embeddings()
         hooks = [hook for module in embed.modules() for hook in module._forward_pre_hooks.values()]
@@ -268,8 +296,6 @@ class FeedbackModel(FeedbackPreTrainedModel):
         position_ids: Tensor | None = None,
         past_key_values: FeedbackCache | None = None,
         inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        past_values: Tensor | None = None,
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
@@ -281,12 +307,14 @@ class FeedbackModel(FeedbackPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_feedback_states: bool | None = None,
+        **raw: Tensor,
     ) -> FeedbackModelOutput:
         """Compute y [B, T, D].
 
         Args:
-            input_ids / inputs_embeds / pixel_values / past_values: exactly one: [B, T], [B, T, D], [B, C, H, W] or
-                [B, T, C].
+            input_ids: [B, T], of an input of tokens.
+            raw: what another input takes: pixel_values [B, C, H, W] or [B, F, C, H, W], past_values [B, T, C].
+            inputs_embeds: [B, T, D], in place of raw data.
             attention_mask: [B, T] or [B, P + T], 1 where real. Padding may stand anywhere.
             position_ids: [B, T] or [1, T]; counted from the mask where left out.
             encoder_hidden_states: [B, S, D], the encoded source of a sequence-to-sequence model.
@@ -304,12 +332,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         Raises:
             ValueError: an argument is unknown, or its shape does not fit the input.
         """
-        given = [x for x in (input_ids, inputs_embeds, pixel_values, past_values) if x is not None]
-        if len(given) != 1:
-            raise ValueError("Give exactly one of input_ids, inputs_embeds, pixel_values and past_values.")
         if past_key_values is None and not torch.compiler.is_compiling():  # once a text
             self.check_windows()
-        embedded = given[0] if inputs_embeds is not None else self.embeddings(given[0])
+        embedded, mask, grid = self.embed(self.embeddings, inputs_embeds, {"input_ids": input_ids, **raw})
+        attention_mask = attention_mask if mask is None else mask
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")
         returned = cache = self.make_cache(past_key_values, use_cache)
@@ -323,7 +349,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             self.check_alone(position_ids=position_ids, token_type_ids=token_type_ids)
         elif prefix_ids is not None:
             raise ValueError("This model has no prefixes: leave prefix_ids out, or set num_prefix_tokens.")
-        context, order = self.make_context(embedded, attention_mask, position_ids, cache)
+        context, order = self.make_context(embedded, attention_mask, position_ids, cache, grid)
         if encoder_hidden_states is not None:
             source = encoder_hidden_states.shape[1]
             check_positions("encoder_attention_mask", encoder_attention_mask, len(encoder_hidden_states), (source,))
@@ -383,7 +409,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             halting_probabilities=looped.probabilities and tuple(back(p) for p in looped.probabilities),
             halting_loss=None if looped.halting_loss is None else back(looped.halting_loss),
             halting_logits=looped.halting_logits,
-        ).with_state(looped.state if order is None or looped.state is None else put_back(looped.state))
+        ).with_state(looped.state if order is None or looped.state is None else put_back(looped.state), mask, grid)
 
     def with_prefix(
         self, embedded: Tensor, attention_mask: Tensor | None, prefix_ids: Tensor | None
@@ -472,7 +498,12 @@ class FeedbackModel(FeedbackPreTrainedModel):
         return FeedbackCache() if cache is None else cache
 
     def make_context(
-        self, embedded: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: FeedbackCache | None
+        self,
+        embedded: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        cache: FeedbackCache | None,
+        grid: tuple[int, ...] = (),
     ) -> tuple[Context, Tensor | None]:
         """Return what the parts may know of these positions, and the order [B, T] that puts the real ones first."""
         self.check_shapes(embedded, position_ids, cache)
@@ -494,7 +525,7 @@ class FeedbackModel(FeedbackPreTrainedModel):
             key_mask = mask
         elif cache is not None and cache.key_mask is not None:
             key_mask = torch.cat([cache.key_mask, cache.key_mask.new_ones(batch, length)], dim=1)
-        return Context(position_ids, count, offset, mask, key_mask, cache), order
+        return Context(position_ids, count, offset, mask, key_mask, cache, grid=grid, order=order), order
 
     def check_shapes(self, embedded: Tensor, position_ids: Tensor | None, cache: FeedbackCache | None) -> None:
         if embedded.ndim != 3:

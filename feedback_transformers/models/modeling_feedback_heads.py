@@ -19,6 +19,7 @@ from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import BACKBONES, family_member
 from .feedback_cache import FeedbackCache
 from .feedback_layers import dropout
+from .feedback_modalities import INPUTS
 from .feedback_objectives import (
     Losses,
     check_classes,
@@ -59,25 +60,34 @@ class FeedbackHead(FeedbackPreTrainedModel):
     """Hold a FeedbackModel, and check that its config suits the head; a subclass adds the readout."""
 
     accepts_loss_kwargs = True  # Trainer gives the number of targets of a batch, `num_items_in_batch`
-    embedding_type = "tokens"
     needs: dict[str, Any] = {}  # fields that the config must have
+    reads = "input_ids"  # what its input takes
+    axes = 1  # of the grid of its input
     learns_to_halt = True  # whether its loss can weigh passes
     embed_output: Callable[[Tensor], Tensor] | None = None  # y [B, T, D] -> its prediction, fed back; None for tokens
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        needs = {"embedding_type": self.embedding_type, "is_encoder_decoder": False, **self.needs}
+        needs = {"is_encoder_decoder": False, **self.needs}
         for name, value in needs.items():
             given = getattr(config, name)
             if given != value:
                 head = type(self).__name__
                 raise ValueError(f"{head} needs {name}={value!r}, not {given!r}: set it in the config.")
+        self.check_input(config.input_type)
         if config.halting in ("learned", "select") and not self.learns_to_halt:
             raise ValueError(
                 f"halting={config.halting!r} learns from a loss over classes, which a {type(self).__name__} of this "
                 "config has not: use 'act'."
             )
         self.model = FeedbackModel(config)
+
+    def check_input(self, kind: str) -> None:
+        """Reject an input that does not take what this head is given."""
+        asked = self.reads, self.axes
+        if (INPUTS[kind].takes[0], INPUTS[kind].axes) != asked:
+            fit = " or ".join(repr(each) for each, part in INPUTS.items() if (part.takes[0], part.axes) == asked)
+            raise ValueError(f"{type(self).__name__} reads {self.reads}: set input_config={fit}, not {kind!r}.")
 
     def feedback_projection(self, size: int) -> nn.Linear | None:
         """The linear map [..., size] -> [..., D] of a prediction, where the real output is fed back."""
@@ -203,7 +213,7 @@ class FeedbackGenerationMixin(GenerationMixin):
 class FeedbackLMHead(FeedbackHead):
     """Read logits over the vocabulary."""
 
-    loss_arguments = ("num_items_in_batch", "shift_labels", "ignore_index")
+    more_arguments = ("num_items_in_batch", "shift_labels", "ignore_index")
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.embed_tokens.weight"}
 
     def __init__(self, config: FeedbackConfig) -> None:
@@ -291,6 +301,7 @@ class FeedbackClassifier(FeedbackHead):
 
     # PEFT trains and saves beside adapters what ends with this name: the readout, and what feeds its prediction back.
     readout_name = "classifier"
+    pools = True  # whether it makes one prediction for a row
     renamed = {r"^feedback\.": "feedback_classifier."}
 
     def __init__(self, config: FeedbackConfig) -> None:
@@ -321,6 +332,9 @@ class FeedbackClassifier(FeedbackHead):
 
     def predict(self, y: Tensor) -> Tensor:
         return getattr(self, self.readout_name)(y)
+
+    def step_logit(self, y: Tensor, outputs: Any) -> Tensor:
+        return self.pooled_logits(y, outputs.pooling_mask) if self.pools else self.predict(y)
 
     def embed_output(self, y: Tensor) -> Tensor:
         """Return a linear map of the prediction at every position: of probabilities, or of the numbers predicted."""
@@ -436,4 +450,4 @@ class FeedbackClassifier(FeedbackHead):
             num_feedback_steps=outputs.num_feedback_steps,
             halting_logits=outputs.halting_logits,
             pooling_mask=None if outputs.feedback_states is None else mask,
-        ).with_state(outputs.feedback_state)
+        ).with_state(outputs.feedback_state, outputs.positions_mask, outputs.grid)

@@ -1,4 +1,7 @@
-"""Image heads. Shapes: B batch, C channels, H height, W width, T patches, D hidden size, L labels."""
+"""Heads of images and of videos.
+
+Shapes: B batch, C channels, F frames, H height, W width, T positions, D hidden size, L labels.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from .modeling_feedback_heads import FeedbackClassifier, FeedbackOutput
 
 
 class FeedbackForImageClassification(FeedbackClassifier):
-    """Classify images; every feedback step is another look at the image."""
+    """Classify images, or predict numbers of them; every feedback step is another look at the image."""
 
-    main_input_name = "pixel_values"
-    embedding_type = "patches"
+    main_input_name = reads = "pixel_values"
+    axes = 2
 
     @named_arguments
     def forward(
@@ -25,23 +28,33 @@ class FeedbackForImageClassification(FeedbackClassifier):
         output_feedback_states: bool | None = None,
         feedback_state: FeedbackState | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        pixel_mask: Tensor | None = None,
     ) -> FeedbackOutput:
         """Return logits [B, L] of pixel_values [B, C, H, W], and the loss over labels, [B] classes or [B, L] numbers.
 
-        The other arguments are those of FeedbackModel; Trainer gives `num_items_in_batch`, the number of labels in a
-        batch that may come in parts.
+        Args:
+            pixel_mask: [B, H, W], 1 for real pixels, where images of several sizes are padded to one.
+            num_items_in_batch: the number of labels in a batch that may come in parts, which Trainer gives.
         """
         self.set_problem_type(labels, pixel_values)
         outputs = self.run(
             labels is not None,
             pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
             num_feedback_steps=num_feedback_steps,
             use_cache=False,
             output_hidden_states=output_hidden_states,
             output_feedback_states=output_feedback_states,
             feedback_state=feedback_state,
         )
-        return self.classify(outputs, labels, None, num_items_in_batch)
+        return self.classify(outputs, labels, outputs.positions_mask, num_items_in_batch)
 
-    def step_logit(self, y: Tensor, outputs: FeedbackOutput) -> Tensor:
-        return self.pooled_logits(y, None)
+
+class FeedbackForVideoClassification(FeedbackForImageClassification):
+    """Classify videos, pixel_values [B, F, C, H, W] with a pixel_mask [B, F, H, W].
+
+    In depth all frames are looked at together, several times. Along time a model reads frame by frame, and a call goes
+    on from the `feedback_state` of the frames before.
+    """
+
+    axes = 3

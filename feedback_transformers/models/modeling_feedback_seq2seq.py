@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import check_positions, named_arguments
 from .feedback_cache import FeedbackCache
 from .feedback_objectives import check_classes
@@ -50,13 +51,22 @@ class FeedbackSeq2SeqOutput(StatefulOutput):
         return self.decoder_hidden_states
 
 
-class SourceEncoder:
-    """Encode source tokens for generate(), which calls this as the model's encoder."""
+@dataclass
+class SourceOutput(BaseModelOutput):
+    """A source's states [B, S, D], and which of its positions are real, [B, S], where its input knows it."""
 
-    main_input_name = "input_ids"
+    positions_mask: Tensor | None = None
+
+
+class SourceEncoder:
+    """Encode the source for generate(), which calls this as the model's encoder."""
 
     def __init__(self, model: FeedbackModel) -> None:
         self.model = model
+
+    @property
+    def main_input_name(self) -> str:
+        return self.model.source.takes[0]
 
     def forward(
         self,
@@ -65,19 +75,30 @@ class SourceEncoder:
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutput:
-        embedded, encoded = self.model.encode_source(input_ids, attention_mask, inputs_embeds)
+    ) -> SourceOutput:
+        source, given = self.model.source, {"input_ids": input_ids, **kwargs}
+        if source.axes > 1:  # generate() makes one, of ones, of whatever it is given
+            attention_mask = None
+        raw = {name: given.get(name) for name in source.takes}
+        embedded, encoded, mask = self.model.encode_source(attention_mask, inputs_embeds, **raw)
         if output_hidden_states is None:
             output_hidden_states = self.model.config.output_hidden_states
-        return BaseModelOutput(encoded, (embedded, encoded) if output_hidden_states else None)
+        return SourceOutput(encoded, (embedded, encoded) if output_hidden_states else None, positions_mask=mask)
 
     __call__ = forward
 
 
 class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
-    """Write a target given a source, as translation and summarization do, with `config.is_encoder_decoder=True`."""
+    """Write a target given a source: translation, summarization, captions of images.
+
+    The config has `is_encoder_decoder=True`, and `source_config` where the source is no text of the same vocabulary.
+    """
 
     needs = {"is_encoder_decoder": True}
+
+    def __init__(self, config: FeedbackConfig) -> None:
+        super().__init__(config)
+        self.main_input_name = self.model.source.takes[0]
 
     def get_encoder(self, modality: str | None = None) -> SourceEncoder:
         return SourceEncoder(self.model)
@@ -112,6 +133,8 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         decoder_attention_mask: Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
         past_key_values: FeedbackCache | None = None,
         labels: Tensor | None = None,
         num_feedback_steps: int | None = None,
@@ -127,7 +150,8 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
 
         Args:
             input_ids / inputs_embeds: the source, [B, S] or [B, S, D], or `encoder_outputs` of an earlier call.
-            attention_mask: [B, S], of the source.
+            attention_mask: [B, S], of a source of tokens.
+            pixel_values / pixel_mask: a source of images, [B, C, H, W], and its real pixels, [B, H, W].
             decoder_input_ids / decoder_inputs_embeds: the target behind a start token, [B, T] or [B, T, D]; made of
                 labels where both are left out.
             decoder_attention_mask: [B, T] or [B, P + T]; where left out, padding before the start token is masked.
@@ -135,9 +159,16 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         """
         if encoder_outputs is None:
             encoder_outputs = self.get_encoder()(
-                input_ids, attention_mask, inputs_embeds, output_hidden_states=output_hidden_states
+                input_ids,
+                attention_mask,
+                inputs_embeds,
+                output_hidden_states,
+                pixel_values=pixel_values,
+                pixel_mask=pixel_mask,
             )
         source = encoder_outputs[0]
+        if self.model.source.axes > 1:
+            attention_mask = getattr(encoder_outputs, "positions_mask", None)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")

@@ -50,7 +50,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
     main_input_name = "past_values"
     accepts_loss_kwargs = False
     learns_to_halt = False
-    embedding_type = "values"
+    reads = "past_values"
     needs = {"is_causal": True, "halting_measure": "state"}  # the other one compares classes, and a series has none
     unread = {
         "attention_mask": GAPS,
@@ -64,8 +64,9 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
 
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
-        self.readout = nn.Linear(config.hidden_size, config.num_channels)
-        self.feedback = self.feedback_projection(config.num_channels)
+        channels = config.input_config.num_channels
+        self.readout = nn.Linear(config.hidden_size, channels)
+        self.feedback = self.feedback_projection(channels)
         self.post_init()
 
     def predict(self, y: Tensor) -> Tensor:

@@ -188,12 +188,11 @@ class FeedbackForSequenceClassification(FeedbackClassifier):
         )
         return self.classify(outputs, labels, mask, num_items_in_batch)
 
-    def step_logit(self, y: Tensor, outputs: FeedbackOutput) -> Tensor:
-        return self.pooled_logits(y, outputs.pooling_mask)
-
 
 class FeedbackForTokenClassification(FeedbackClassifier):
     """Predict a class for every token."""
+
+    pools = False
 
     def __init__(self, config: FeedbackConfig) -> None:
         if config.problem_type not in (None, "single_label_classification"):
@@ -285,6 +284,7 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
     needs = {"halting_measure": "state"}  # classes are positions here, and no position has a prediction of its own
     learns_to_halt = False
     readout_name = "qa_outputs"
+    pools = False
     renamed = {r"^classifier\.": "qa_outputs.", r"^feedback\.": "feedback_qa_outputs."}
 
     def num_outputs(self, config: FeedbackConfig) -> int:

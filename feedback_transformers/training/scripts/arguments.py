@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -85,25 +86,30 @@ class ModelArguments:
     def config(self, architecture: dict[str, Any], **sizes: Any) -> FeedbackConfig:
         """Return the config of a new model: `sizes`, then the preset or else `architecture`, then the overrides."""
         chosen = architecture if self.preset is None else PRESETS.named(self.preset)
-        return FeedbackConfig(**{**sizes, **chosen, **overrides(self.config_overrides)})
+        asked = overrides(self.config_overrides)
+        for name, value in asked.items():
+            if isinstance(value, dict) and isinstance(sizes.get(name), dict):
+                asked[name] = {**sizes[name], **value}
+        return FeedbackConfig(**{**sizes, **chosen, **asked})
 
 
 def overrides(text: str | None) -> dict[str, Any]:
-    """Turn hidden_size=256,is_causal=false,solver=jacobi into fields of FeedbackConfig by name."""
+    """Turn hidden_size=256,is_causal=false,input_config.patch_size=2 into fields of FeedbackConfig by name."""
     known = [f.name for f in fields(FeedbackConfig)]
     result: dict[str, Any] = {}
     for pair in filter(None, (text or "").split(",")):
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals:
             raise ValueError(f"{pair!r} in config_overrides is not of the form name=value.")
+        name, _, inner = name.partition(".")
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "it must be one of FeedbackConfig."
             raise ValueError(f"Unknown field {name!r} in config_overrides: {hint}")
-        try:
-            result[name] = ast.literal_eval(value.title() if value in ("true", "false") else value)
-        except (ValueError, SyntaxError):
-            result[name] = value
+        made: Any = value
+        with suppress(ValueError, SyntaxError):
+            made = ast.literal_eval(value.title() if value in ("true", "false") else value)
+        result[name] = {**result.get(name, {}), inner: made} if inner else made
     return result
 
 

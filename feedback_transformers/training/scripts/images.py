@@ -225,15 +225,14 @@ def image_paths(rows: Dataset, column: str) -> list[str]:
 def image_processor(image_size: int, checkpoint: str | None = None, **options: Any) -> Any:
     """Return the image processor of a checkpoint, or a new one, which turns images of any mode to `image_size` pixels.
 
-    Its `pixel_values` [B, 3, H, W] are colours, as in the pipelines of transformers; a grey model reads their
-    brightness.
+    A checkpoint's own keeps its size. `pixel_values` [B, 3, H, W] are colours, as in the pipelines of transformers; a
+    grey model reads their brightness.
     """
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-    settings: dict[str, Any] = {"size": {"height": image_size, "width": image_size}, "do_convert_rgb": True}
     if checkpoint is not None:
         try:
-            found = ViTImageProcessorPil.from_pretrained(checkpoint, **settings, **options)
+            found = ViTImageProcessorPil.from_pretrained(checkpoint, do_convert_rgb=True, **options)
         except OSError:  # it was saved without one
             pass
         else:
@@ -242,11 +241,14 @@ def image_processor(image_size: int, checkpoint: str | None = None, **options: A
                 if isinstance(value, list | tuple) and len(value) == 1:  # of a grey model of version 0.1.0
                     setattr(found, name, value[0])
             return found
-    return ViTImageProcessorPil(image_mean=0.5, image_std=0.5, **settings)
+    size = {"height": image_size, "width": image_size}
+    return ViTImageProcessorPil(image_mean=0.5, image_std=0.5, size=size, do_convert_rgb=True)
 
 
-def image_sizes(looks: list[Look], image_size: int | None = None, num_channels: int | None = None) -> dict[str, int]:
-    """Return image_size, patch_size and num_channels of a new model, read from the images unless they are given.
+def image_sizes(
+    looks: list[Look], image_size: int | None = None, num_channels: int | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Return the size of images in pixels and the `input_config` of a new model, read from the images unless given.
 
     The size is the middle one of their shorter sides, at most LARGEST. A patch is the largest power of two that
     leaves at least PATCHES of them a side. Images are grey if none has colours.
@@ -260,7 +262,7 @@ def image_sizes(looks: list[Look], image_size: int | None = None, num_channels: 
         patch *= 2
     if image_size is None:
         size -= size % patch
-    return {"image_size": size, "patch_size": patch, "num_channels": num_channels}
+    return size, {"type": "images", "patch_size": patch, "num_channels": num_channels}
 
 
 def print_images(looks: list[Look], image_size: int, num_channels: int) -> None:

@@ -1,0 +1,223 @@
+"""Inputs: raw data of any size, padded in a batch, with the grid of its positions; a modality of one's own."""
+
+import importlib
+import math
+import sys
+
+import pytest
+import torch
+from conftest import EOS, PAD, assert_close, build, tiny, tokens
+from torch import nn
+
+from feedback_transformers import (
+    FeedbackConfig,
+    FeedbackForCausalLM,
+    FeedbackForConditionalGeneration,
+    FeedbackForImageClassification,
+    FeedbackForVideoClassification,
+    FeedbackModel,
+)
+from feedback_transformers.models.feedback_inputs import GridPositions
+
+PARTS = {
+    "transformer": {"encoder_type": "transformer", "feedback_type": "transformer"},
+    "conv": {"encoder_type": "cnn", "feedback_type": "conv", "decoder_type": "mlp"},
+    "gru": {"encoder_type": "rnn", "feedback_type": "gru", "decoder_type": "rnn"},
+    "along": {"encoder_type": "cnn", "feedback_type": "lstm", "feedback_axis": "time"},
+    "layerwise": {"feedback_recursion": "layerwise", "num_feedback_layers": 2},
+    "converged": {"halting": "converged", "halting_threshold": 0.3},
+    "output": {"feedback_signal": "output", "feedback_type": "conv"},
+}
+IMAGES = {"type": "images", "num_channels": 1, "patch_size": 2}
+VIDEOS = {"type": "videos", "num_channels": 1, "patch_size": 4}
+SIZES = {
+    FeedbackForImageClassification: ((1, 8, 12), (1, 13, 5)),
+    FeedbackForVideoClassification: ((4, 1, 8, 12), (7, 1, 9, 5)),
+}
+
+
+def filled(model):
+    """The model with every parameter drawn, so that none hides a fault by being zero."""
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def padded(arrays):
+    """A batch [B, ..., C, H, W] of arrays of several sizes, and the mask of its real pixels, without the channels."""
+    shape = [max(sizes) for sizes in zip(*(array.shape for array in arrays), strict=True)]
+    batch, mask = torch.zeros(len(arrays), *shape), torch.zeros(len(arrays), *shape)
+    for row, array in enumerate(arrays):
+        place = (row, *(slice(size) for size in array.shape))
+        batch[place], mask[place] = array, 1
+    return batch, mask.select(-3, 0)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("head", SIZES, ids=lambda head: head.__name__)
+def test_a_batch_of_several_sizes_is_as_each_alone(head, parts):
+    kind = IMAGES if head is FeedbackForImageClassification else VIDEOS
+    model = filled(build(head, input_config=kind, is_causal=False, num_labels=3, **PARTS[parts]))
+    arrays = [torch.randn(size) for size in SIZES[head]]
+    batch, mask = padded(arrays)
+    outputs = model(batch, pixel_mask=mask, output_feedback_states=True)
+    for row, array in enumerate(arrays):
+        assert_close(outputs.logits[row], model(array[None]).logits[0], 1e-4)
+    assert_close(model.step_logits(outputs)[-1], outputs.logits, 1e-5)
+    noise = torch.where(mask.bool().unsqueeze(-3), batch, torch.randn_like(batch))
+    assert_close(model(noise, pixel_mask=mask).logits, outputs.logits, 1e-5)
+    assert (outputs.logits[0] - outputs.logits[1]).abs().max() > 1e-3
+
+
+def test_the_place_of_a_cell_counts():
+    """Two cells of an image change places: attention alone would not see it."""
+    model = filled(build(FeedbackForImageClassification, input_config=IMAGES, is_causal=False, num_labels=3))
+    image = torch.randn(1, 1, 8, 8)
+    other = image.clone()
+    other[..., :2, :2], other[..., 4:6, 2:4] = image[..., 4:6, 2:4], image[..., :2, :2]
+    assert (model(image).logits - model(other).logits).abs().max() > 1e-3
+
+
+def test_waves_of_the_grid():
+    """Sine and cosine of row and column, by hand."""
+    positions = GridPositions(2, 4)
+    made, count = positions((3, 5)), GridPositions.FREQUENCIES
+    waves = [1000.0 ** (-k / count) for k in range(count)]
+    row, column = 2, 3
+    by_hand = [f(place * w) for place in (row, column) for f in (math.sin, math.cos) for w in waves]
+    assert_close(made[row * 5 + column], positions.projection.weight @ torch.tensor(by_hand), 1e-5)
+
+
+def test_pixels_that_do_not_fit():
+    model = build(FeedbackForVideoClassification, input_config=VIDEOS, is_causal=False)
+    with pytest.raises(ValueError, match=r"takes \[batch, frames, channels, height, width\] with 1 channels"):
+        model(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="give 1 for each real pixel and 0 for padding"):
+        model(torch.zeros(2, 2, 1, 8, 8), pixel_mask=torch.ones(2, 8, 8))
+    with pytest.raises(ValueError, match="This model reads pixel_values, not input_ids"):
+        model.model(input_ids=tokens())
+    with pytest.raises(ValueError, match="Classification reads pixel_values: set input_config='images'"):
+        build(FeedbackForImageClassification, input_config="videos", is_causal=False)
+
+
+def test_frame_by_frame_with_a_carried_state():
+    """Along time, a video in pieces is the whole video; a position is a frame."""
+    frames = {"type": "videos", "num_channels": 1, "patch_size": 8, "tubelet_size": 1, "positions": "none"}
+    along = {"feedback_axis": "time", "feedback_type": "gru", "num_encoder_layers": 0, "decoder_type": "mlp"}
+    model = filled(build(FeedbackForVideoClassification, input_config=frames, num_labels=3, **along))
+    video, state = torch.randn(2, 6, 1, 8, 8), None
+    for frame in video.split(1, dim=1):
+        outputs = model(frame, feedback_state=state)
+        state = outputs.feedback_state
+    assert_close(outputs.logits, model(video).logits, 1e-5)
+
+
+# A source of another kind
+
+
+def captioner(**fields):
+    source = {"source_config": IMAGES, "is_encoder_decoder": True}
+    ids = {"pad_token_id": PAD, "decoder_start_token_id": 1, "eos_token_id": EOS}
+    return build(FeedbackForConditionalGeneration, **{**source, **ids, **fields})
+
+
+@pytest.mark.parametrize("parts", ["transformer", "conv", "along"])
+def test_captions_of_a_batch_are_those_of_each_image(parts):
+    fields = {**PARTS[parts], "decoder_type": "transformer"}
+    model = filled(captioner(**fields))
+    images = [torch.randn(1, 8, 12), torch.randn(1, 6, 4)]
+    batch, mask = padded(images)
+    asked = {"max_new_tokens": 5, "do_sample": False}
+    written = model.generate(pixel_values=batch, pixel_mask=mask, **asked)
+    for row, image in enumerate(images):
+        alone = model.generate(pixel_values=image[None], **asked)[0]
+        assert written[row, : len(alone)].tolist() == alone.tolist()
+    target = tokens(2, 6)
+    loss = model(pixel_values=batch, pixel_mask=mask, labels=target).loss
+    each = [model(pixel_values=image[None], labels=target[[row]]).loss for row, image in enumerate(images)]
+    assert_close(loss, torch.stack(each).mean(), 1e-4)
+    beams = model.generate(pixel_values=batch, pixel_mask=mask, num_beams=2, **asked)
+    assert beams.shape[0] == 2
+
+
+def test_a_captioner_is_saved_with_its_source(tmp_path):
+    model, image = captioner(), torch.randn(1, 1, 8, 8)
+    model.save_pretrained(tmp_path)
+    again, info = FeedbackForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()) and again.config.source_config == model.config.source_config
+    written = {"decoder_input_ids": tokens(1, 4)}
+    assert torch.equal(again(pixel_values=image, **written).logits, model(pixel_values=image, **written).logits)
+    with pytest.raises(ValueError, match="This model reads pixel_values: give exactly one of"):
+        model(input_ids=tokens(), **written)
+
+
+# Configs
+
+
+def test_fields_of_0_1_0_are_moved(caplog):
+    config = FeedbackConfig(embedding_type="patches", image_size=8, patch_size=2, num_channels=3)
+    assert "are fields of input_config now" in caplog.text
+    assert config.input_config.to_dict() == {"type": "images", "patch_size": 2, "num_channels": 3, "positions": "none"}
+    saved = {"model_type": "feedback", "format_version": 2, "embedding_type": "values", "num_channels": 2}
+    assert FeedbackConfig.from_dict(saved).input_config.to_dict() == {"type": "values", "num_channels": 2}
+
+
+def test_an_input_can_be_given_in_three_ways():
+    given = ("images", {"type": "images"}, tiny(input_config="images").input_config)
+    first, *others = [tiny(input_config=each) for each in given]
+    assert [first, first] == others
+    assert FeedbackConfig.from_dict(first.to_dict()).to_json_string() == first.to_json_string()
+
+
+# A modality of one's own
+
+SPECTRUM = '''
+"""Sizes of the frequencies of a signal, a position each."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from feedback_transformers import register
+from feedback_transformers.models.feedback_inputs import Embedded, Fields, Input
+
+
+@dataclass(kw_only=True)
+class SpectrumFields(Fields):
+    type: str = "spectrum"
+    width: int = 4
+
+
+@register("input_type", "spectrum")
+class Spectrum(Input):
+    Fields = SpectrumFields
+    takes = ("signal",)
+
+    def __init__(self, config, fields):
+        super().__init__(config, fields)
+        self.projection = nn.Linear(fields.width, config.hidden_size)
+
+    def forward(self, signal):
+        sizes = torch.fft.rfft(signal).abs()[:, 1:]
+        return Embedded(self.projection(sizes.unflatten(1, (-1, self.fields.width))))
+'''
+
+
+def test_a_modality_of_ones_own(tmp_path, monkeypatch, registries):
+    """One file and one line of registration: it builds, computes, is saved with its code, and loads again."""
+    (tmp_path / "spectrum.py").write_text(SPECTRUM)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("spectrum")
+    try:
+        model = build(FeedbackModel, input_config={"type": "spectrum", "width": 8}, is_causal=False)
+        signal = torch.randn(2, 64)
+        y = model(signal=signal).last_hidden_state
+        assert y.shape == (2, 4, 32)
+        model.save_pretrained(tmp_path / "it")
+        assert (tmp_path / "it" / "spectrum.py").is_file()
+        assert torch.equal(FeedbackModel.from_pretrained(tmp_path / "it")(signal=signal).last_hidden_state, y)
+        with pytest.raises(ValueError, match="reads input_ids: set input_config='tokens', not 'spectrum'"):
+            build(FeedbackForCausalLM, input_config="spectrum")
+    finally:
+        del sys.modules["spectrum"]
