@@ -10,6 +10,7 @@ from .models.feedback_cache import FeedbackCache
 from .models.feedback_registry import register
 from .models.feedback_states import FeedbackState
 from .models.modeling_feedback import FeedbackModel, FeedbackPreTrainedModel
+from .models.modeling_feedback_dense import FeedbackForImageToImage, FeedbackForObjectDetection
 from .models.modeling_feedback_image import FeedbackForImageClassification, FeedbackForVideoClassification
 from .models.modeling_feedback_seq2seq import FeedbackForConditionalGeneration
 from .models.modeling_feedback_series import FeedbackForTimeSeriesPrediction
@@ -31,7 +32,9 @@ __all__ = [
     "FeedbackForCausalLM",
     "FeedbackForConditionalGeneration",
     "FeedbackForImageClassification",
+    "FeedbackForImageToImage",
     "FeedbackForMaskedLM",
+    "FeedbackForObjectDetection",
     "FeedbackForQuestionAnswering",
     "FeedbackForSequenceClassification",
     "FeedbackForTimeSeriesPrediction",

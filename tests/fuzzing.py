@@ -56,6 +56,7 @@ SENSIBLE: dict[str, list[Any]] = {
     ],
     "source_config": [None, {"type": "images", "num_channels": 1}],
     "prediction_length": [1, 3],
+    "upscale": [1, 2],
     "num_encoder_layers": [0, 1, 2],
     "num_feedback_layers": [1, 2],
     "num_decoder_layers": [0, 1, 2],

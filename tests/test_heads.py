@@ -23,7 +23,9 @@ from feedback_transformers import (
     FeedbackForCausalLM,
     FeedbackForConditionalGeneration,
     FeedbackForImageClassification,
+    FeedbackForImageToImage,
     FeedbackForMaskedLM,
+    FeedbackForObjectDetection,
     FeedbackForQuestionAnswering,
     FeedbackForSequenceClassification,
     FeedbackForTimeSeriesPrediction,
@@ -51,6 +53,18 @@ HEADS = {
         "is_causal": False,
         "pad_token_id": None,
     },
+    FeedbackForObjectDetection: {
+        "input_config": {"type": "images", "num_channels": 1},
+        "is_causal": False,
+        "pad_token_id": None,
+        "num_labels": 3,
+    },
+    FeedbackForImageToImage: {
+        "input_config": {"type": "images", "num_channels": 1},
+        "is_causal": False,
+        "pad_token_id": None,
+        "upscale": 2,
+    },
     FeedbackForTimeSeriesPrediction: {"input_config": "values", "prediction_length": 4, "pad_token_id": None},
 }
 SERIES_OF_TWO = {**HEADS[FeedbackForTimeSeriesPrediction], "input_config": {"type": "values", "num_channels": 2}}
@@ -60,6 +74,15 @@ each_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name_
 def inputs_of(head) -> dict:
     if head is FeedbackForImageClassification:
         return {"pixel_values": torch.randn(2, 1, 8, 8), "labels": torch.tensor([0, 1])}
+    if head is FeedbackForObjectDetection:
+        one = {
+            "class_labels": torch.tensor([2, 0]),
+            "boxes": torch.tensor([[0.3, 0.3, 0.2, 0.4], [0.7, 0.6, 0.4, 0.3]]),
+        }
+        none = {"class_labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)}
+        return {"pixel_values": torch.randn(2, 1, 8, 8), "labels": [one, none]}
+    if head is FeedbackForImageToImage:
+        return {"pixel_values": torch.randn(2, 1, 8, 8), "labels": torch.randn(2, 1, 16, 16)}
     if head is FeedbackForVideoClassification:
         return {"pixel_values": torch.randn(2, 4, 1, 8, 8), "labels": torch.tensor([0, 1])}
     if head is FeedbackForTimeSeriesPrediction:
@@ -285,7 +308,9 @@ def test_question_answering_loss():
 
 
 def readouts(outputs) -> torch.Tensor:
-    """The logits [B, T, L] or [B, L] of any head."""
+    """The logits [B, T, L] or [B, L] of any head, or the image that it makes."""
+    if "reconstruction" in outputs:
+        return outputs.reconstruction
     if "start_logits" in outputs:
         return torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
     return outputs.logits

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -41,6 +41,7 @@ TRAINING: Settings = {
     "warmup": 0.05,  # as a share of the steps
     "clip": 1.0,
     "sampled": None,  # (fewest, most) feedback steps, drawn anew at every training step
+    "growth": 0.3,  # share of training over which the answers of a row grow from 1 to that number
     "answers": None,  # with a number, deep supervision: a training step makes one answer and goes on from the last
     "average": None,  # decay of an average of the weights, which is evaluated
     "easy": 0.1,  # a batch with a smaller loss raises the level of difficulty by the stride,
@@ -155,8 +156,6 @@ class Task:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, training["warmup"]))
         carry, average = None, None
         if training["answers"]:
-            # From the authors' -5 no row leaves at first, and the same 64 are learned by heart for 8 steps.
-            nn.init.zeros_(cast(Any, network).model.loop.halting.halt_proj.bias)
             carry = CarryState(training["answers"])
             carry.attach(network)
         if training["average"]:
@@ -166,6 +165,9 @@ class Task:
         for step in progress:
             start, end = training["forced"]
             level = max(level, min(1.0, (step / total - start) / (end - start)))
+            if carry is not None:  # one answer of each puzzle at first: few rows for long are learned by heart
+                grown = min(1.0, step / (training["growth"] * total))
+                carry.max_answers = 1 + round(grown * (training["answers"] - 1))
             inputs, labels = self.train(generator, training["batch"], level)
             sampled = training["sampled"]
             steps = {"num_feedback_steps": draw_length(generator, *sampled)} if sampled else {}
@@ -197,7 +199,7 @@ class Task:
         lines = [*map(json.loads, self.file.read_text().splitlines() if self.file.exists() else [])]
         for line in lines:  # of before there were these, and with names of before
             settings = line["settings"]
-            settings["training"] = {"answers": None, "average": None, **settings["training"]}
+            settings["training"] = {"growth": 0.3, "answers": None, "average": None, **settings["training"]}
             if (preset := settings["fields"].get("preset")) in RENAMED:
                 settings["fields"]["preset"] = RENAMED[preset]
         now = {model: json.loads(json.dumps(self.settings(model))) for model in self.models}

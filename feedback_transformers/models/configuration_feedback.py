@@ -41,6 +41,8 @@ MODELING = {
     "AutoModelForQuestionAnswering": "modeling_feedback_text.FeedbackForQuestionAnswering",
     "AutoModelForSeq2SeqLM": "modeling_feedback_seq2seq.FeedbackForConditionalGeneration",
     "AutoModelForImageClassification": "modeling_feedback_image.FeedbackForImageClassification",
+    "AutoModelForObjectDetection": "modeling_feedback_dense.FeedbackForObjectDetection",
+    "AutoModelForImageToImage": "modeling_feedback_dense.FeedbackForImageToImage",
     "AutoModelForVideoClassification": "modeling_feedback_image.FeedbackForVideoClassification",
     "AutoModelForImageTextToText": "modeling_feedback_seq2seq.FeedbackForConditionalGeneration",
     "AutoModelForTimeSeriesPrediction": "modeling_feedback_series.FeedbackForTimeSeriesPrediction",
@@ -156,6 +158,7 @@ class FeedbackConfig(PreTrainedConfig):
         prefix_size: learned numbers of a prefix, filled up with zeros; `None` makes it all, `num_prefix_tokens` times
             `hidden_size`.
         prediction_length: number of future values that a time series model predicts.
+        upscale: how many times as large as its input an image-to-image model's image is, on each side.
         encoder_type: layers before the loop: `"transformer"`, `"rnn"` (GRU) or `"cnn"`.
         num_encoder_layers: number of encoder layers; 0 feeds the embeddings into the loop.
         feedback_type: layers inside the loop, the cell. Use `"transformer"` or `"mlp"` for passes in depth, `"gru"` or
@@ -294,6 +297,7 @@ class FeedbackConfig(PreTrainedConfig):
     num_prefixes: int = 1
     prefix_size: int | None = None
     prediction_length: int = 24
+    upscale: int = 1
 
     encoder_type: str = "transformer"
     num_encoder_layers: int = 1

@@ -27,6 +27,34 @@ class Losses(NamedTuple):
     right: Callable[[Tensor], Tensor] | None = None  # y -> [B], whether all of a row is predicted right
 
 
+def losses_of_units(
+    units: Callable[[Tensor], Tensor],
+    counted: Tensor,
+    read: Callable[[Tensor], Tensor],
+    over: Callable[[Tensor], Tensor] | None = None,
+    count: Tensor | int | None = None,
+    right: Callable[[Tensor], Tensor] | None = None,
+) -> Losses:
+    """Return what a head says of an answer, from the loss of each of its units: a row, a pixel, a box.
+
+    Args:
+        units: y -> the loss of each unit, of the shape of `counted`.
+        counted: 1 for units with a target and 0 for others, [B, ...].
+        read: x [B, T] -> what each unit reads of x, as it reads y.
+        over: x [B, T] -> the mean of x over all positions of each unit; `read` where left out.
+        count: the number of counted units of a batch that comes in parts; that of these where left out.
+        right: y -> [B], whether all of a row is predicted right.
+    """
+    counted = counted.float()
+    whole = counted.sum().clamp(min=1) if count is None else count
+
+    def mean(losses: Tensor) -> Tensor:
+        return (losses * counted).sum() / whole
+
+    over = over or read
+    return Losses(lambda y: mean(units(y)), lambda y, p: mean(units(y) * read(p)), lambda x: mean(over(x)), right)
+
+
 def total_loss(config: Any, losses: Losses, outputs: Any, training: bool) -> Tensor:
     """Return the loss of a call: that of its supervised answers, and what halting adds.
 

@@ -33,7 +33,7 @@ AT_LEAST = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), 1),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_feedback_layers", "conv_kernel_size"), 1),
     **dict.fromkeys(("feedback_interval", "num_feedback_steps", "solver_steps", "solver_block_size"), 1),
-    "prediction_length": 1,
+    **dict.fromkeys(("prediction_length", "upscale"), 1),
 }
 LARGEST_WEIGHT = 1000  # for factors and deviations; far above it, float32 overflows
 WEIGHTS = (

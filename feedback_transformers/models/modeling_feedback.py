@@ -34,6 +34,7 @@ from .feedback_solvers import Readout, solver_of
 from .feedback_states import FeedbackState
 
 if TYPE_CHECKING:  # transformers fetches what such lines name, so that a checkpoint saved again keeps every head
+    from .modeling_feedback_dense import FeedbackForObjectDetection  # noqa: F401
     from .modeling_feedback_image import FeedbackForImageClassification  # noqa: F401
     from .modeling_feedback_seq2seq import FeedbackForConditionalGeneration  # noqa: F401
     from .modeling_feedback_series import FeedbackForTimeSeriesPrediction  # noqa: F401
@@ -53,14 +54,12 @@ class StatefulOutput(ModelOutput):
     positions_mask: ClassVar[Tensor | None] = None  # [B, T] which positions are real, where the input itself knows it
     grid: ClassVar[tuple[int, ...]] = ()  # whose cells the positions are
 
-    def with_state(
-        self, state: FeedbackState | None, positions_mask: Tensor | None = None, grid: tuple[int, ...] = ()
-    ) -> Self:
-        """Set what is no item, and return self."""
-        values = {"feedback_state": state, "positions_mask": positions_mask, "grid": grid}
-        for name, value in values.items():
-            if value is not None and value != () and not (name == "feedback_state" and torch.compiler.is_compiling()):
-                object.__setattr__(self, name, value)
+    def with_state(self, state: FeedbackState | None, **others: Any) -> Self:
+        """Set the state, and others that are no items, and return self."""
+        if state is not None and not torch.compiler.is_compiling():
+            others["feedback_state"] = state
+        for name, value in others.items():
+            object.__setattr__(self, name, value)
         return self
 
 
@@ -409,7 +408,11 @@ class FeedbackModel(FeedbackPreTrainedModel):
             halting_probabilities=looped.probabilities and tuple(back(p) for p in looped.probabilities),
             halting_loss=None if looped.halting_loss is None else back(looped.halting_loss),
             halting_logits=looped.halting_logits,
-        ).with_state(looped.state if order is None or looped.state is None else put_back(looped.state), mask, grid)
+        ).with_state(
+            looped.state if order is None or looped.state is None else put_back(looped.state),
+            positions_mask=mask,
+            grid=grid,
+        )
 
     def with_prefix(
         self, embedded: Tensor, attention_mask: Tensor | None, prefix_ids: Tensor | None

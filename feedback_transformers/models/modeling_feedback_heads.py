@@ -24,6 +24,7 @@ from .feedback_objectives import (
     Losses,
     check_classes,
     check_shape,
+    losses_of_units,
     row_means,
     rows_right,
     token_loss,
@@ -302,6 +303,7 @@ class FeedbackClassifier(FeedbackHead):
     # PEFT trains and saves beside adapters what ends with this name: the readout, and what feeds its prediction back.
     readout_name = "classifier"
     pools = True  # whether it makes one prediction for a row
+    class_weights: Tensor | None = None  # [L] factors of the losses of rows by their class
     renamed = {r"^feedback\.": "feedback_classifier."}
 
     def __init__(self, config: FeedbackConfig) -> None:
@@ -322,10 +324,6 @@ class FeedbackClassifier(FeedbackHead):
         """Tell whether a prediction is a choice among classes, as far as the config says."""
         kind = self.config.problem_type
         return kind == "single_label_classification" or (kind is None and self.num_labels > 1)
-
-    @property
-    def learns_to_halt(self) -> bool:  # type: ignore[override]
-        return self.config.problem_type in (None, "single_label_classification")
 
     def num_outputs(self, config: FeedbackConfig) -> int:
         return len(cast(dict, config.id2label))
@@ -417,31 +415,31 @@ class FeedbackClassifier(FeedbackHead):
         if labels is not None:
             one_class = self.single_label and not labels.is_floating_point()
             targets = (labels.flatten() if one_class else labels.float()).to(logits.device)
+            known = (targets.view(len(targets), -1) != -100).any(1)
 
-            def weighted(y: Tensor, p: Tensor) -> Tensor:
-                if not one_class:
-                    raise ValueError("halting='learned' needs a single-label problem: use 'act'.")
-                losses = F.cross_entropy(self.pooled_logits(y, mask).float(), targets, reduction="none")
-                weight = self.pool(p[..., None], mask).squeeze(-1)
-                return (losses * weight).sum() / (targets != -100).sum()
-
-            def mean(x: Tensor) -> Tensor:
-                """Return the mean over the positions of each row, then over the rows with a label."""
-                rows = row_means(x, mask)
-                known = (targets != -100).flatten(1).any(1) if targets.ndim > 1 else targets != -100
-                return (rows * known).sum() / known.sum()
-
-            def step_loss(y: Tensor) -> Tensor:
-                return self.loss_function(targets, self.pooled_logits(y, mask).float(), self.config)
+            def units(y: Tensor) -> Tensor:
+                """Return the loss of each row, [B]."""
+                made = self.pooled_logits(y, mask).float()
+                if one_class:
+                    weights = None if self.class_weights is None else self.class_weights.to(made)
+                    return F.cross_entropy(made, targets, weights, reduction="none")
+                error = F.mse_loss if self.config.problem_type == "regression" else F.binary_cross_entropy_with_logits
+                return error(made, targets.view_as(made), reduction="none").mean(1)
 
             def right(y: Tensor) -> Tensor:
                 return (self.pooled_logits(y, mask).argmax(-1) == targets) | (targets == -100)
 
             if self.training and outputs.halting_logits is not None and not one_class:
                 raise ValueError("halting_scope='sequence' learns whether a class is right: use halting='fixed'.")
-            loss = self.total_loss(Losses(step_loss, weighted, mean, right), outputs)
-            if num_items_in_batch is not None:
-                loss = loss * (targets != -100).sum() / num_items_in_batch
+            losses = losses_of_units(
+                units,
+                known,
+                read=lambda x: self.pool(x[..., None], mask).squeeze(-1),
+                over=lambda x: row_means(x, mask),
+                count=num_items_in_batch,
+                right=right,
+            )
+            loss = self.total_loss(losses, outputs)
         return FeedbackOutput(
             loss=loss,
             logits=logits,
@@ -450,4 +448,4 @@ class FeedbackClassifier(FeedbackHead):
             num_feedback_steps=outputs.num_feedback_steps,
             halting_logits=outputs.halting_logits,
             pooling_mask=None if outputs.feedback_states is None else mask,
-        ).with_state(outputs.feedback_state, outputs.positions_mask, outputs.grid)
+        ).with_state(outputs.feedback_state, positions_mask=outputs.positions_mask, grid=outputs.grid)

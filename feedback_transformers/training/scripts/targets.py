@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, PreTrainedModel
 
 from .arguments import ModelArguments
@@ -206,17 +204,10 @@ def balance_classes(model: PreTrainedModel, targets: Targets, labels: Sequence[i
     """Let each class weigh the same in the loss of `model`, by its number of `labels`.
 
     Raises:
-        ValueError: the labels are not one class for each row, or halting is learned, which weighs losses itself.
+        ValueError: the labels are not one class for each row.
     """
-    if targets.problem != SINGLE or model.config.halting == "learned":
-        raise ValueError(
-            "--class_weights balanced is for one class in each row, without halting='learned': leave it out."
-        )
+    if targets.problem != SINGLE:
+        raise ValueError("--class_weights balanced is for one class in each row: leave it out.")
     weights = torch.tensor(class_weights(labels, len(targets.names)))
     print("Weights: " + ", ".join(f"{name} {weight:.2f}" for name, weight in zip(targets.names, weights, strict=True)))
-
-    def loss(labels: Tensor, logits: Tensor, config: Any, **kwargs: Any) -> Tensor:
-        losses = cross_entropy(logits, labels, reduction="none")
-        return (losses * weights.to(logits.device)[labels]).mean()
-
-    model.loss_function = loss
+    model.class_weights = weights
