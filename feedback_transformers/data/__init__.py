@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .images import mnist_5k
+from .scenes import digit_captions, digit_scenes, digit_videos
 from .series import electricity, windows
 from .text import aws_docs, modern_bible, movie_sentiment, python_docs, shakespeare
 from .tokenizers import blocks, characters, subwords
@@ -30,6 +31,9 @@ DATASETS: dict[str, Callable[[], DatasetDict]] = {
     "aws-docs": aws_docs,
     "mnist-5k": mnist_5k,
     "electricity": electricity,
+    "digit-scenes": digit_scenes,
+    "digit-captions": digit_captions,
+    "digit-videos": digit_videos,
 }
 
 

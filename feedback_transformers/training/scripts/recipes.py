@@ -261,6 +261,49 @@ IMAGES = Recipe(
     },
 )
 
+OBJECTS = Recipe(
+    architecture={
+        "feedback_axis": "depth",
+        "feedback_type": "conv",
+        "feedback_connection": "gate",
+        "encoder_type": "cnn",
+        "decoder_type": "mlp",
+        "is_causal": False,
+        "num_encoder_layers": 3,
+        "num_feedback_layers": 2,
+        "num_decoder_layers": 1,
+        "num_feedback_steps": 4,
+        "supervision": "all",
+        "initializer_range": 0.06,
+    },
+    sizes={"hidden_size": 96, "intermediate_size": 192},
+    training={
+        "output_dir": "runs/object-detection",
+        "dataset_name": "digit-scenes",
+        "num_train_epochs": 12,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 2e-3,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.05,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "map",
+        "remove_unused_columns": False,  # the pixels are made of the image column
+        "label_names": ["labels"],
+    },
+    smoke={
+        "output_dir": "runs/smoke/object-detection",
+        "num_train_epochs": 1,
+        "max_train_samples": 16,
+        "max_eval_samples": 4,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "config_overrides": "hidden_size=16,intermediate_size=32",
+    },
+)
+
 FORECASTING = Recipe(
     architecture={
         "feedback_axis": "depth",
