@@ -36,8 +36,8 @@ def category_key(dataset: DatasetDict, column: str) -> str:
     key = next((name for name in ("category", "categories") if name in objects), None)
     if key is None or "bbox" not in objects:
         raise ValueError(
-            f"The column {column!r} has {', '.join(objects)}: give bbox, a list of [left, top, width, height] in pixels, "
-            "and category, the class of each."
+            f"The column {column!r} has {', '.join(objects)}: give bbox, a list of [left, top, width, height] in "
+            "pixels, and category, the class of each."
         )
     return key
 
