@@ -117,7 +117,7 @@ CONFIGS = [
         {"input_config": {"type": "videos", "tubelet": 1}},
         "Unknown field 'tubelet' of input_config",
     ),
-    ({"input_config": "image"}, "input_config is 'image'; give the type of an input (tokens, images, videos, values)"),
+    ({"input_config": "image"}, "input_config is 'image'; give the type of an input (tokens, images, videos, values,"),
     ({"source_config": "images"}, "source_config is what the encoder of is_encoder_decoder=True reads"),
     ({"input_type": "images"}, "Unknown field 'input_type': did you mean input_config?"),
     *(

@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import EOS, PAD, assert_close, build, tiny, tokens
 from torch import nn
+from transformers import AutoModel, BertConfig, ViTConfig, Wav2Vec2Config
 
 from feedback_transformers import (
     FeedbackConfig,
     FeedbackForCausalLM,
     FeedbackForConditionalGeneration,
     FeedbackForImageClassification,
+    FeedbackForObjectDetection,
     FeedbackForVideoClassification,
     FeedbackModel,
 )
@@ -221,3 +223,75 @@ def test_a_modality_of_ones_own(tmp_path, monkeypatch, registries):
             build(FeedbackForCausalLM, input_config="spectrum")
     finally:
         del sys.modules["spectrum"]
+
+
+# Pretrained encoders
+
+
+def tiny_encoders():
+    """Of images, text and sound, by the head that they go with."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    vision = ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=3)
+    text = BertConfig(**sizes, vocab_size=50)
+    sound = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    heard = Wav2Vec2Config(**sizes, **sound, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, vocab_size=9)
+    return {"images": vision, "text": text, "sound": heard}
+
+
+@pytest.mark.parametrize("kind", ["images", "text", "sound"])
+def test_a_pretrained_encoder(kind, tmp_path):
+    """Its states, projected; frozen, so that training leaves it alone; saved and loaded with the model."""
+    encoder = AutoModel.from_config(tiny_encoders()[kind]).eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    fields = {"type": "pretrained", "encoder": str(tmp_path / "encoder")}
+    model = build(FeedbackModel, input_config=fields, is_causal=False)
+    model.embeddings.load_weights(tmp_path / "encoder")
+    raw = {
+        "images": {"pixel_values": torch.randn(2, 3, 8, 8)},
+        "text": {"input_ids": tokens()},
+        "sound": {"input_values": torch.randn(2, 200)},
+    }[kind]
+    states = encoder(**raw).last_hidden_state
+    y = model(**raw).last_hidden_state
+    assert_close(y, model(inputs_embeds=model.embeddings.projection(states)).last_hidden_state, 1e-5)
+    model.save_pretrained(tmp_path / "it")
+    assert_close(FeedbackModel.from_pretrained(tmp_path / "it")(**raw).last_hidden_state, y, 1e-6)
+    model.train()
+    assert not model.embeddings.encoder.training
+    model(**raw).last_hidden_state.sum().backward()
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and "embeddings" in name}
+    assert trained == {"projection"}
+
+
+def test_a_pretrained_encoder_of_padded_text_and_sound(tmp_path):
+    """A batch is as each row alone."""
+    text = build(
+        FeedbackModel, input_config={"type": "pretrained", "encoder": tiny_encoders()["text"]}, is_causal=False
+    )
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    y = text(ids, attention_mask=mask).last_hidden_state
+    assert_close(y[1, :6], text(ids[1:, :6]).last_hidden_state[0], 1e-4)
+    config = tiny_encoders()["sound"]
+    config.feat_extract_norm, config.do_stable_layer_norm = "layer", True  # others norm over the padding too
+    sound = build(FeedbackModel, input_config={"type": "pretrained", "encoder": config}, is_causal=False)
+    waves, mask = torch.randn(2, 200), torch.ones(2, 200, dtype=torch.long)
+    mask[1, 120:] = 0
+    waves = waves * mask
+    y = sound(input_values=waves, attention_mask=mask).last_hidden_state
+    alone = sound(input_values=waves[1:, :120]).last_hidden_state[0]
+    assert_close(y[1, : len(alone)], alone, 1e-3)
+
+
+def test_a_head_on_a_pretrained_encoder():
+    fields = {"type": "pretrained", "encoder": tiny_encoders()["images"], "trained": True}
+    model = build(FeedbackForImageClassification, input_config=fields, is_causal=False, num_labels=3)
+    model.train()(torch.randn(2, 3, 8, 8), labels=torch.tensor([0, 2])).loss.backward()
+    assert model.model.embeddings.encoder.embeddings.patch_embeddings.projection.weight.grad.abs().max() > 0
+    source = {"source_config": fields, "is_encoder_decoder": True, "decoder_start_token_id": 1, "eos_token_id": EOS}
+    writer = build(FeedbackForConditionalGeneration, **source, pad_token_id=PAD)
+    assert writer.generate(pixel_values=torch.randn(2, 3, 8, 8), max_new_tokens=3, do_sample=False).shape[0] == 2
+    with pytest.raises(ValueError, match="Detection reads pixel_values: set input_config='images', not 'pretrained'"):
+        build(FeedbackForObjectDetection, input_config=fields, is_causal=False)
+    with pytest.raises(ValueError, match="encoder of an input of pretrained is the name of a checkpoint"):
+        tiny(input_config="pretrained")

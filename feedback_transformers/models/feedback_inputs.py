@@ -42,12 +42,17 @@ class Input(nn.Module):
 
     Fields: ClassVar[type[Fields]] = Fields
     takes: tuple[str, ...] = ("input_ids",)  # arguments of the model; the first one holds the data
-    axes = 1  # of the grid: 1 for a sequence, 2 for an image, 3 for a video
+    axes = 1  # of the grid: 1 for a sequence, 2 for an image, 3 for a video, 0 where it is not known
     layer = "projection"  # the module that get_input_embeddings returns
 
     def __init__(self, config: Any, fields: Any) -> None:
         super().__init__()
-        self.fields = fields
+        self.fields, self.takes = fields, self.takes_of(fields)
+
+    @classmethod
+    def takes_of(cls, fields: Any) -> tuple[str, ...]:
+        """Return the arguments that an input of these fields takes."""
+        return cls.takes
 
 
 class GridPositions(nn.Module):

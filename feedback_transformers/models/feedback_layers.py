@@ -234,7 +234,7 @@ class ConvStack(nn.Module):
     def __init__(self, config: FeedbackConfig, num_layers: int, causal: bool = True) -> None:
         super().__init__()
         kind = config.source_type if config.is_encoder_decoder else config.input_type  # the target is causal
-        axes = 1 if causal else INPUTS[kind].axes
+        axes = 1 if causal else max(1, INPUTS[kind].axes)
         self.layers = nn.ModuleList(ConvLayer(config, causal, axes) for _ in range(num_layers))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 
 from .feedback_inputs import Fields, names_of
 from .feedback_inputs_image import ImageInput, VideoInput
+from .feedback_inputs_pretrained import PretrainedInput
 from .feedback_inputs_series import ValueInput
 from .feedback_inputs_text import TokenInput
 
@@ -17,6 +18,7 @@ INPUTS: dict[str, Any] = {
     "images": ImageInput,
     "videos": VideoInput,
     "values": ValueInput,
+    "pretrained": PretrainedInput,
 }
 # Fields of FeedbackConfig up to format 2, by the type of input that they were of.
 FLAT = {"tokens": (), "patches": ("patch_size", "num_channels"), "values": ("num_channels",)}

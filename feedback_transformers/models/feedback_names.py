@@ -2,7 +2,7 @@
 
 from typing import Any
 
-INPUT_TYPES = ("tokens", "images", "videos", "values")
+INPUT_TYPES = ("tokens", "images", "videos", "values", "pretrained")
 ENCODER_TYPES = ("transformer", "rnn", "cnn")
 RECURRENT_TYPES = ["gru", "lstm", "diagonal_gru", "min_gru"]  # those of RECURRENCES; `register` adds to them
 FEEDBACK_TYPES = ("mlp", *RECURRENT_TYPES, "conv", "transformer")

@@ -232,6 +232,8 @@ class FeedbackModel(FeedbackPreTrainedModel):
         The source is `raw`, such as input_ids [B, S], or inputs_embeds [B, S, D]. The third result is the mask [B, S]
         of real positions, where the input itself knows it.
         """
+        if "attention_mask" in self.source.takes and inputs_embeds is None:
+            raw["attention_mask"] = attention_mask
         embedded, mask, grid = self.embed(self.source, inputs_embeds, raw)
         context, order = self.make_context(embedded, attention_mask if mask is None else mask, None, None, grid)
         embedded = self.place(gather(embedded, order), context, None)
@@ -333,7 +335,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         """
         if past_key_values is None and not torch.compiler.is_compiling():  # once a text
             self.check_windows()
-        embedded, mask, grid = self.embed(self.embeddings, inputs_embeds, {"input_ids": input_ids, **raw})
+        raw = {"input_ids": input_ids, **raw}  # type: ignore[dict-item]
+        if "attention_mask" in self.embeddings.takes and inputs_embeds is None:
+            raw["attention_mask"] = attention_mask  # type: ignore[assignment]
+        embedded, mask, grid = self.embed(self.embeddings, inputs_embeds, raw)
         attention_mask = attention_mask if mask is None else mask
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")

@@ -62,6 +62,7 @@ class FeedbackForObjectDetection(FeedbackHead):
 
     main_input_name = reads = "pixel_values"
     axes = 2
+    needs_grid = True
     needs = {"is_causal": False, "halting_scope": "position"}
     accepts_loss_kwargs = False  # the loss is a mean over the images, which Trainer divides itself
 
@@ -227,6 +228,7 @@ class FeedbackForImageToImage(FeedbackHead):
 
     main_input_name = reads = "pixel_values"
     axes = 2
+    needs_grid = True
     needs = {"is_causal": False, "halting_measure": "state", "halting_scope": "position"}
     accepts_loss_kwargs = False
 

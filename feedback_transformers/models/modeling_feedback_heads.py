@@ -64,6 +64,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
     needs: dict[str, Any] = {}  # fields that the config must have
     reads = "input_ids"  # what its input takes
     axes = 1  # of the grid of its input
+    needs_grid = False  # whether it predicts something of every cell
     learns_to_halt = True  # whether its loss can weigh passes
     embed_output: Callable[[Tensor], Tensor] | None = None  # y [B, T, D] -> its prediction, fed back; None for tokens
 
@@ -75,7 +76,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
             if given != value:
                 head = type(self).__name__
                 raise ValueError(f"{head} needs {name}={value!r}, not {given!r}: set it in the config.")
-        self.check_input(config.input_type)
+        self.check_input(config.input_config)
         if config.halting in ("learned", "select") and not self.learns_to_halt:
             raise ValueError(
                 f"halting={config.halting!r} learns from a loss over classes, which a {type(self).__name__} of this "
@@ -83,12 +84,14 @@ class FeedbackHead(FeedbackPreTrainedModel):
             )
         self.model = FeedbackModel(config)
 
-    def check_input(self, kind: str) -> None:
+    def check_input(self, fields: Any) -> None:
         """Reject an input that does not take what this head is given."""
-        asked = self.reads, self.axes
-        if (INPUTS[kind].takes[0], INPUTS[kind].axes) != asked:
+        part = INPUTS[fields.type]
+        grid = part.axes == self.axes or (part.axes == 0 and not self.needs_grid)
+        if part.takes_of(fields)[0] != self.reads or not grid:
+            asked = self.reads, self.axes
             fit = " or ".join(repr(each) for each, part in INPUTS.items() if (part.takes[0], part.axes) == asked)
-            raise ValueError(f"{type(self).__name__} reads {self.reads}: set input_config={fit}, not {kind!r}.")
+            raise ValueError(f"{type(self).__name__} reads {self.reads}: set input_config={fit}, not {fields.type!r}.")
 
     def feedback_projection(self, size: int) -> nn.Linear | None:
         """The linear map [..., size] -> [..., D] of a prediction, where the real output is fed back."""

@@ -77,9 +77,9 @@ class SourceEncoder:
         **kwargs: Any,
     ) -> SourceOutput:
         source, given = self.model.source, {"input_ids": input_ids, **kwargs}
-        if source.axes > 1:  # generate() makes one, of ones, of whatever it is given
+        if source.axes != 1 and "attention_mask" not in source.takes:  # generate() makes one of whatever is given
             attention_mask = None
-        raw = {name: given.get(name) for name in source.takes}
+        raw = {name: given.get(name) for name in source.takes if name != "attention_mask"}
         embedded, encoded, mask = self.model.encode_source(attention_mask, inputs_embeds, **raw)
         if output_hidden_states is None:
             output_hidden_states = self.model.config.output_hidden_states
@@ -167,7 +167,7 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
                 pixel_mask=pixel_mask,
             )
         source = encoder_outputs[0]
-        if self.model.source.axes > 1:
+        if self.model.source.axes != 1:
             attention_mask = getattr(encoder_outputs, "positions_mask", None)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
