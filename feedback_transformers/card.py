@@ -39,8 +39,12 @@ PIPELINES = {
     "FeedbackForQuestionAnswering": "question-answering",
     "FeedbackForConditionalGeneration": "text2text-generation",
     "FeedbackForImageClassification": "image-classification",
+    "FeedbackForVideoClassification": "video-classification",
+    "FeedbackForObjectDetection": "object-detection",
+    "FeedbackForImageToImage": "image-to-image",
     "FeedbackForTimeSeriesPrediction": "time-series-forecasting",
 }
+CAPTIONS = "image-to-text"  # what a sequence-to-sequence model with a source of images does
 READ_TEXT = 'ids = tokenizer("{text}", return_tensors="pt").input_ids'
 GENERATE = "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))"
 USAGE = {  # by pipeline: what a reader does with the model
@@ -63,6 +67,23 @@ USAGE = {  # by pipeline: what a reader does with the model
         "outputs = model(ids)",
         "start, end = outputs.start_logits.argmax(), outputs.end_logits.argmax()",
         "print(tokenizer.decode(ids[0, start : end + 1]))",
+    ),
+    CAPTIONS: (
+        'pixels = processor(Image.open("picture.png"), return_tensors="pt").pixel_values',
+        "print(tokenizer.decode(model.generate(pixel_values=pixels, max_new_tokens=20)[0]))",
+    ),
+    "object-detection": (
+        'image = Image.open("picture.png").convert("RGB")',
+        'outputs = model(processor(image, return_tensors="pt").pixel_values)',
+        "print(processor.post_process_object_detection(outputs, 0.5, [image.size[::-1]]))",
+    ),
+    "image-to-image": (
+        "pixels = torch.rand(1, {channels}, 32, 32)  # [images, channels, height, width], from 0 to 1",
+        "print(model(pixels).reconstruction.shape)",
+    ),
+    "video-classification": (
+        "pixels = torch.rand(1, 8, {channels}, 32, 32)  # [videos, frames, channels, height, width]",
+        "print(model.config.id2label[model(pixels).logits.argmax().item()])",
     ),
     "image-classification": (
         'pixels = processor(Image.open("picture.png"), return_tensors="pt").pixel_values',
@@ -114,7 +135,7 @@ def model_card(
         plots: names of pictures in the folder plots/.
     """
     config, head = model.config, type(model).__name__
-    task = PIPELINES.get(head, "feature-extraction")
+    task = pipeline_of(model)
     base_model = base_model or original_of(config)
     if license is None:
         logger.warning_once(
@@ -132,7 +153,8 @@ def model_card(
         model_name=name,
         eval_results=eval_results(grouped, task) or None,
     )
-    auto = next(auto for auto, reference in MODELING.items() if reference.endswith(f".{head}"))
+    autos = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head}")]
+    auto = autos[-1] if task == CAPTIONS else autos[0]
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -227,19 +249,26 @@ def layers(kind: str, number: int) -> str:
     return "none" if number == 0 else f"{kind}, {number} layer" + ("s" if number > 1 else "")
 
 
+def pipeline_of(model: Any) -> str:
+    """Return the name that the Hub has for what a model does."""
+    if getattr(model.config, "source_type", "tokens") == "images":
+        return CAPTIONS
+    return PIPELINES.get(type(model).__name__, "feature-extraction")
+
+
 def usage(auto: str, task: str, repository: str, config: FeedbackConfig) -> str:
     """Return the lines of Python that load the model and use it once."""
     steps = USAGE.get(task, ())
-    processor = {"image-classification": "AutoImageProcessor", "time-series-forecasting": None}
-    reader = processor.get(task, "AutoTokenizer" if steps else None)
-    load = [f'model = {auto}.from_pretrained("{repository}", trust_remote_code=True)']
-    if reader is not None:
-        variable = "tokenizer" if reader == "AutoTokenizer" else "processor"
-        load.append(f'{variable} = {reader}.from_pretrained("{repository}")')
-    imports = {"image-classification": ["from PIL import Image"], "time-series-forecasting": ["import torch"]}
-    names = ", ".join(sorted(filter(None, (auto, reader))))
     steps = tuple(step.replace("{channels}", str(getattr(config.input_config, "num_channels", 1))) for step in steps)
-    return "\n".join([*imports.get(task, ()), f"from transformers import {names}", "", *load, *steps])
+    used = "\n".join(steps)
+    readers = {"processor": "AutoImageProcessor", "tokenizer": "AutoTokenizer"}
+    readers = {name: reader for name, reader in readers.items() if re.search(rf"\b{name}\b", used)}
+    load = [f'model = {auto}.from_pretrained("{repository}", trust_remote_code=True)']
+    load += [f'{name} = {reader}.from_pretrained("{repository}")' for name, reader in readers.items()]
+    others = {"torch.": "import torch", "Image.": "from PIL import Image"}
+    imports = [line for name, line in others.items() if name in used]
+    names = ", ".join(sorted([auto, *readers.values()]))
+    return "\n".join([*imports, f"from transformers import {names}", "", *load, *steps])
 
 
 def abilities(model: FeedbackPreTrainedModel, good_at: str, limits: str) -> Iterator[str]:

@@ -27,7 +27,6 @@ from huggingface_hub import ModelCard
 from transformers import AutoProcessor, PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .card import (
-    PIPELINES,
     SPLITS,
     THIS_REPOSITORY,
     Results,
@@ -36,6 +35,7 @@ from .card import (
     eval_results,
     model_card,
     numbers,
+    pipeline_of,
     save_eval_results,
     training_facts,
 )
@@ -260,7 +260,7 @@ class CardCallback(TrainerCallback):
             return
         self.create_model_card(**kwargs)
         card = ModelCard.load(folder / "README.md")
-        task = PIPELINES.get(type(model.get_base_model()).__name__, "feature-extraction")
+        task = pipeline_of(model.get_base_model())
         card.data.model_name = self.card["name"]
         for key in ("license", "language"):
             if key in self.card:

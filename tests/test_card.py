@@ -9,10 +9,19 @@ from conftest import build, make_tokenizer
 from PIL import Image
 from test_heads import HEADS
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.detr.image_processing_pil_detr import DetrImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from feedback_transformers import FeedbackForCausalLM, FeedbackForImageClassification, FeedbackModel, hub, retrofit
-from feedback_transformers.card import PIPELINES, USAGE, model_card, public_command, rounded
+from feedback_transformers import (
+    FeedbackForCausalLM,
+    FeedbackForConditionalGeneration,
+    FeedbackForImageClassification,
+    FeedbackForObjectDetection,
+    FeedbackModel,
+    hub,
+    retrofit,
+)
+from feedback_transformers.card import CAPTIONS, PIPELINES, USAGE, model_card, public_command, rounded
 
 
 def metadata(card) -> dict:
@@ -22,10 +31,12 @@ def metadata(card) -> dict:
 @pytest.mark.parametrize("head", [head for head in HEADS if head is not FeedbackModel], ids=lambda head: head.__name__)
 def test_the_snippet_runs(head, tmp_path, monkeypatch, capsys):
     model = build(head, **HEADS[head])
-    images = head is FeedbackForImageClassification
     size, channels = 8, getattr(model.config.input_config, "num_channels", 1)
-    like = {"size": {"height": size, "width": size}, "image_mean": [0.5] * channels, "image_std": [0.5] * channels}
-    processor = ViTImageProcessorPil(**like) if images else make_tokenizer()
+    like = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
+    processor = {
+        FeedbackForImageClassification: ViTImageProcessorPil(size={"height": size, "width": size}, **like),
+        FeedbackForObjectDetection: DetrImageProcessorPil(do_resize=False, image_mean=0.5, image_std=0.5),
+    }.get(head) or make_tokenizer()
     hub.export(model, tmp_path / "it", processor, repository=str(tmp_path / "it"), license="mit")
     Image.new("L" if channels == 1 else "RGB", (size, size)).save(tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
@@ -35,8 +46,23 @@ def test_the_snippet_runs(head, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out  # a span of words may be an empty line
 
 
+def test_the_snippet_of_a_captioner(tmp_path, monkeypatch, capsys):
+    """It has an image processor and a tokenizer."""
+    ids = {"pad_token_id": 0, "decoder_start_token_id": 1, "eos_token_id": 2}
+    model = build(FeedbackForConditionalGeneration, is_encoder_decoder=True, source_config="images", **ids)
+    hub.export(model, tmp_path / "it", make_tokenizer(), repository=str(tmp_path / "it"), license="mit")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "it")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    card = (tmp_path / "it" / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code, {})
+    assert "pipeline_tag: image-to-text" in card and "AutoModelForImageTextToText" in code
+    assert capsys.readouterr().out
+
+
 def test_every_pipeline_has_a_snippet():
-    assert set(PIPELINES.values()) == set(USAGE)
+    assert {*PIPELINES.values(), CAPTIONS} == set(USAGE)
 
 
 def test_results_are_words_with_the_data_set_of_each():
