@@ -96,7 +96,7 @@ def test_every_head_loads_where_the_package_is_not(tmp_path):
         model, inputs = build(head, feedback_type="gru", feedback_signal="output", **fields), inputs_of(head)
         folder = root / head.__name__
         hub.export(model, folder)
-        (auto,) = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head.__name__}")]
+        auto, *_ = [auto for auto, reference in MODELING.items() if reference.endswith(f".{head.__name__}")]
         case = {"head": head.__name__, "auto": auto}
         if model.can_generate() and not model.config.is_encoder_decoder:
             case["generated"] = model.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False).tolist()

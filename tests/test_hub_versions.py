@@ -18,7 +18,7 @@ WRITTEN = sorted(file.parent for file in CHECKPOINTS.glob("*/*/case.safetensors"
 def load(folder: Path):
     """The model in `folder`, inputs and the output that its version computed."""
     config = transformers.AutoConfig.from_pretrained(folder)
-    (auto,) = [auto for auto, name in MODELING.items() if name.endswith(f".{config.architectures[0]}")]
+    auto, *_ = [auto for auto, name in MODELING.items() if name.endswith(f".{config.architectures[0]}")]
     model, info = getattr(transformers, auto).from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     inputs = load_file(folder / "case.safetensors")
