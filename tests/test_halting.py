@@ -213,11 +213,12 @@ def test_learned_halting_of_a_classifier():
         losses = F.cross_entropy(model.classifier(y[:, -1]), labels, reduction="none")
         expected = expected + (losses * p[:, -1]).mean()
     assert_close(model(batch, labels=labels).loss, expected, 1e-6)
+    numbers = torch.rand(3, 1)
     regression = build(FeedbackForSequenceClassification, **{**fields, "num_labels": 1}).train()
-    with pytest.raises(ValueError, match="use 'act'"):
-        regression(batch, labels=torch.rand(3))
-    with pytest.raises(ValueError, match="use 'act'"):
-        model(batch, labels=torch.eye(3))
+    outputs = regression.model(batch, predict=regression.predict)
+    steps = zip(outputs.feedback_states, outputs.halting_probabilities, strict=True)
+    errors = [((regression.classifier(y[:, -1]) - numbers) ** 2)[:, 0] * p[:, -1] for y, p in steps]
+    assert_close(regression(batch, labels=numbers).loss, torch.stack(errors).sum(0).mean(), 1e-6)
 
 
 def test_predictions_in_training():

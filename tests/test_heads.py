@@ -116,6 +116,22 @@ def test_every_head_is_registered_and_round_trips(head, tmp_path):
     assert type(base) is FeedbackModel and not info["missing_keys"] and not info["mismatched_keys"]
 
 
+@pytest.mark.parametrize("head", [head for head in HEADS if head is not FeedbackModel], ids=lambda head: head.__name__)
+def test_learned_halting_weighs_the_losses_of_all_passes(head):
+    """With a constant probability to stop, its loss is the sum of p_k times the loss after k passes."""
+    fields = {**HEADS[head], "num_feedback_steps": 3}
+    model = build(head, **fields, halting="learned", halting_weight=0.0).train()
+    stops = model.model.loop.halting.halt_proj
+    torch.nn.init.zeros_(stops.weight)
+    share = torch.sigmoid(stops.bias.detach()).item()
+    plain = build(head, **fields).train()
+    plain.load_state_dict({name: w for name, w in model.state_dict().items() if "halting" not in name})
+    inputs = inputs_of(head)
+    each = [plain(**inputs, num_feedback_steps=k).loss for k in (1, 2, 3)]
+    expected = share * each[0] + share * (1 - share) * each[1] + (1 - share) ** 2 * each[2]
+    assert_close(model(**inputs).loss, expected, 1e-5)
+
+
 @each_head
 @pytest.mark.parametrize("signal", ["state", "output", "none"])
 @each_axis

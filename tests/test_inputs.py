@@ -259,7 +259,9 @@ def test_a_pretrained_encoder(kind, tmp_path):
     model.train()
     assert not model.embeddings.encoder.training
     model(**raw).last_hidden_state.sum().backward()
-    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and "embeddings" in name}
+    trained = {
+        name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and "embeddings" in name
+    }
     assert trained == {"projection"}
 
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from feedback_transformers import (
     PRESETS,
     FeedbackForMaskedLM,
+    FeedbackForObjectDetection,
     FeedbackForQuestionAnswering,
     FeedbackForSequenceClassification,
     FeedbackForTokenClassification,
@@ -281,16 +282,27 @@ def test_a_fresh_model_lets_no_row_leave():
     assert (model(tokens(4, LENGTH)).halting_logits[0] == -5).all()
 
 
-@pytest.mark.parametrize("head", [FeedbackForQuestionAnswering, FeedbackForSequenceClassification])
-def test_heads_that_cannot_learn_it_refuse_it(head):
+def test_heads_that_cannot_learn_it_refuse_it():
     fields = {**PRESETS["trm"], **SMALL, "pad_token_id": None}
-    if head is FeedbackForQuestionAnswering:
-        with pytest.raises(ValueError, match="learns from a loss over classes"):
-            build(head, **fields)
-    else:
-        model = build(head, **fields, num_labels=1).train()
-        with pytest.raises(ValueError, match="learns whether a class is right"):
-            model(tokens(), labels=torch.ones(2))
+    with pytest.raises(ValueError, match="FeedbackForObjectDetection never wholly is: use 'position'"):
+        build(FeedbackForObjectDetection, **fields, input_config="images")
+    model = build(FeedbackForSequenceClassification, **fields, num_labels=1).train()
+    with pytest.raises(ValueError, match="learns whether a class is right"):
+        model(tokens(), labels=torch.ones(2))
+
+
+def test_whole_rows_learn_to_stop_in_question_answering():
+    """q_stop is compared with whether both ends are right."""
+    fields = {**PRESETS["trm"], **SMALL, "pad_token_id": None, "supervision": "last", "halting_weight": 0.5}
+    model = build(FeedbackForQuestionAnswering, **fields).train()
+    ids = tokens()
+    outputs = model(ids, output_feedback_states=True)
+    found = [logits.argmax(1) for logits in (outputs.start_logits, outputs.end_logits)]
+    ends = {"start_positions": found[0], "end_positions": torch.stack([found[1][0], (found[1][1] + 1) % ids.shape[1]])}
+    scores = torch.stack([outputs.start_logits, outputs.end_logits], dim=-1)
+    answer = F.cross_entropy(scores, torch.stack([*ends.values()], dim=1))
+    stop = F.binary_cross_entropy_with_logits(outputs.halting_logits[-1][:, 0], torch.tensor([1.0, 0.0]))
+    assert_close(model(ids, **ends).loss, answer + 0.5 * stop, 1e-5)
 
 
 @pytest.mark.parametrize(

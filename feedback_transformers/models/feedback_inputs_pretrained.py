@@ -25,8 +25,8 @@ class PretrainedFields(Fields):
     """Fields of an input that a model of transformers makes.
 
     Args:
-        encoder: the config of a model that AutoModel knows, as a dictionary, a config, or the name of its checkpoint. Its
-            weights are loaded by `PretrainedInput.load_weights`.
+        encoder: the config of a model that AutoModel knows, as a dictionary, a config, or the name of its checkpoint.
+            Its weights are loaded by `PretrainedInput.load_weights`.
         trained: whether the encoder learns; without, it makes no gradient and drops nothing out.
     """
 
@@ -41,7 +41,7 @@ class PretrainedFields(Fields):
             self.encoder = json.loads(self.encoder.to_json_string(use_diff=False))
         if not isinstance(self.encoder, dict) or "model_type" not in self.encoder:
             raise ValueError(
-                "encoder of an input of pretrained is the name of a checkpoint, or the config of a model of transformers."
+                "encoder of an input of pretrained is the name of a checkpoint, or the config of one of transformers."
             )
         self.built()
 
@@ -60,7 +60,8 @@ class PretrainedInput(Input):
 
     @classmethod
     def takes_of(cls, fields: PretrainedFields) -> tuple[str, ...]:
-        first = MODEL_MAPPING[type(fields.built())].main_input_name
+        model: Any = MODEL_MAPPING[type(fields.built())]
+        first = model.main_input_name
         return (first, "attention_mask") if first in WITH_MASK else (first,)
 
     def __init__(self, config: Any, fields: PretrainedFields) -> None:

@@ -335,10 +335,10 @@ class FeedbackModel(FeedbackPreTrainedModel):
         """
         if past_key_values is None and not torch.compiler.is_compiling():  # once a text
             self.check_windows()
-        raw = {"input_ids": input_ids, **raw}  # type: ignore[dict-item]
+        given: dict[str, Tensor | None] = {"input_ids": input_ids, **raw}
         if "attention_mask" in self.embeddings.takes and inputs_embeds is None:
-            raw["attention_mask"] = attention_mask  # type: ignore[assignment]
-        embedded, mask, grid = self.embed(self.embeddings, inputs_embeds, raw)
+            given["attention_mask"] = attention_mask
+        embedded, mask, grid = self.embed(self.embeddings, inputs_embeds, given)
         attention_mask = attention_mask if mask is None else mask
         if self.config.is_encoder_decoder and encoder_hidden_states is None:
             raise ValueError("With is_encoder_decoder=True there is a source to read: give encoder_hidden_states.")

@@ -63,7 +63,8 @@ class FeedbackForObjectDetection(FeedbackHead):
     main_input_name = reads = "pixel_values"
     axes = 2
     needs_grid = True
-    needs = {"is_causal": False, "halting_scope": "position"}
+    needs = {"is_causal": False}
+    can_be_right = False
     accepts_loss_kwargs = False  # the loss is a mean over the images, which Trainer divides itself
 
     def __init__(self, config: FeedbackConfig) -> None:
@@ -229,7 +230,8 @@ class FeedbackForImageToImage(FeedbackHead):
     main_input_name = reads = "pixel_values"
     axes = 2
     needs_grid = True
-    needs = {"is_causal": False, "halting_measure": "state", "halting_scope": "position"}
+    needs = {"is_causal": False, "halting_measure": "state"}
+    can_be_right = False
     accepts_loss_kwargs = False
 
     def __init__(self, config: FeedbackConfig) -> None:

@@ -65,7 +65,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
     reads = "input_ids"  # what its input takes
     axes = 1  # of the grid of its input
     needs_grid = False  # whether it predicts something of every cell
-    learns_to_halt = True  # whether its loss can weigh passes
+    can_be_right = True  # whether a prediction is right or wrong, which halting of whole sequences learns
     embed_output: Callable[[Tensor], Tensor] | None = None  # y [B, T, D] -> its prediction, fed back; None for tokens
 
     def __init__(self, config: FeedbackConfig) -> None:
@@ -77,10 +77,10 @@ class FeedbackHead(FeedbackPreTrainedModel):
                 head = type(self).__name__
                 raise ValueError(f"{head} needs {name}={value!r}, not {given!r}: set it in the config.")
         self.check_input(config.input_config)
-        if config.halting in ("learned", "select") and not self.learns_to_halt:
+        if config.halting_scope == "sequence" and not self.can_be_right:
             raise ValueError(
-                f"halting={config.halting!r} learns from a loss over classes, which a {type(self).__name__} of this "
-                "config has not: use 'act'."
+                f"halting_scope='sequence' learns whether an answer is right, which that of a {type(self).__name__} "
+                "never wholly is: use 'position'."
             )
         self.model = FeedbackModel(config)
 

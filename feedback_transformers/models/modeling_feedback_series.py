@@ -11,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import named_arguments
-from .feedback_objectives import Losses
+from .feedback_objectives import losses_of_units
 from .modeling_feedback import FeedbackModelOutput
 from .modeling_feedback_heads import FeedbackHead
 
@@ -49,7 +49,7 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
 
     main_input_name = "past_values"
     accepts_loss_kwargs = False
-    learns_to_halt = False
+    can_be_right = False
     reads = "past_values"
     needs = {"is_causal": True, "halting_measure": "state"}  # the other one compares classes, and a series has none
     unread = {
@@ -123,11 +123,12 @@ class FeedbackForTimeSeriesPrediction(FeedbackHead):
             series = torch.cat([past, ((future - mean) / scale).masked_fill(flat, 0.0)], dim=1)
             outputs = self.run(True, past_values=series[:, :-1], use_cache=False, **asked)
 
-            def step_loss(y: Tensor) -> Tensor:
-                errors = (series[:, :-1] + self.predict(y) - series[:, 1:]).abs().masked_fill(flat, 0.0)
-                return errors.mean(dim=1).sum() / (~flat).sum().clamp(min=1)
+            def units(y: Tensor) -> Tensor:
+                """Return the error of each step and channel, [B, T, C]."""
+                return (series[:, :-1] + self.predict(y) - series[:, 1:]).abs()
 
-            loss = self.total_loss(Losses(step_loss), outputs)
+            counted = (~flat).expand_as(series[:, 1:])
+            loss = self.total_loss(losses_of_units(units, counted, read=lambda x: x[..., None]), outputs)
         prediction = steps = None
         if future_values is None or not self.training:
             prediction, steps, first = self.forecast(past, length, **asked)

@@ -7,9 +7,12 @@ the rest. Trainer gives `num_items_in_batch`, the number of targets in a batch t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_feedback import FeedbackConfig
@@ -19,6 +22,7 @@ from .feedback_objectives import (
     Losses,
     check_classes,
     check_shape,
+    losses_of_units,
     row_means,
     rows_right,
     shift,
@@ -282,7 +286,6 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
 
     accepts_loss_kwargs = False  # the loss is a mean over the batch, which Trainer divides itself
     needs = {"halting_measure": "state"}  # classes are positions here, and no position has a prediction of its own
-    learns_to_halt = False
     readout_name = "qa_outputs"
     pools = False
     renamed = {r"^classifier\.": "qa_outputs.", r"^feedback\.": "feedback_qa_outputs."}
@@ -337,11 +340,20 @@ class FeedbackForQuestionAnswering(FeedbackClassifier):
                         "each row."
                     )
 
-            def step_loss(y: Tensor) -> Tensor:
-                start, end = self.predict(y).unbind(-1)
-                return self.loss_function(start, end, start_positions, end_positions)
+            beyond = start.shape[1]  # such a place has no target
+            ends = torch.stack([start_positions.flatten(), end_positions.flatten()], dim=1).clamp(0, beyond)  # type: ignore[union-attr]
+            known = ends < beyond
+            counted = known / known.sum(0).clamp(min=1)  # starts and ends weigh the same
 
-            losses = Losses(step_loss, over_targets=lambda x: row_means(x, attention_mask).mean())
+            def units(y: Tensor) -> Tensor:
+                """Return the losses of start and end, [B, 2]."""
+                return F.cross_entropy(self.predict(y), ends, reduction="none", ignore_index=beyond)
+
+            def right(y: Tensor) -> Tensor:
+                return ((self.predict(y).argmax(1) == ends) | ~known).all(1)
+
+            read = partial(row_means, mask=attention_mask)
+            losses = losses_of_units(units, counted, lambda x: read(x)[:, None], right=right)
             loss = self.total_loss(losses, outputs)
         return FeedbackQuestionAnsweringOutput(
             loss=loss,
