@@ -5,7 +5,6 @@
 The `encoder_*` fields describe e, the `feedback_*` fields f, c and phi, the `decoder_*` fields g.
 """
 
-import copy
 import os
 import shutil
 from dataclasses import fields
@@ -14,21 +13,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, logging
+from transformers import AutoConfig, PreTrainedConfig, logging
 
+from .feedback_backbone_config import eps_of, layers_config, original_config, with_window
 from .feedback_inputs import Fields
 from .feedback_modalities import FLAT_FIELDS, fields_of, from_flat
 from .feedback_names import (
     CHOICES,
-    NOT_OF_LAYERS,
     REGISTERED,
-    RETROFIT_TYPES,
     SOLVERS_IN_PASSES,
-    model_type_of,
-    shared_names,
 )
 from .feedback_presets import PRESETS
-from .feedback_rules import came_along, check, check_given, check_sizes
+from .feedback_rules import came_along, check, check_given
 
 logger = logging.get_logger(__name__)
 
@@ -73,34 +69,6 @@ OTHER_NAMES = {
 
 # Fields of transformer layers, even of families that lack them.
 OF_LAYERS = ("sliding_window", "layer_types", "rope_theta", "rope_scaling")
-
-
-def with_window(model_type: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields with a sliding window switched on for all layers, which Qwen asks for twice."""
-    told = values.get("layer_types") or "use_sliding_window" in values
-    if not values.get("sliding_window") or told or model_type not in CONFIG_MAPPING:
-        return values
-    if not hasattr(CONFIG_MAPPING[model_type], "use_sliding_window"):
-        return values
-    return {**values, "use_sliding_window": True, "max_window_layers": 0, "layer_types": None}
-
-
-def make_backbone(model_type: str, values: dict[str, Any]) -> PreTrainedConfig:
-    """Return the config of a family with these fields; raise ValueError where rotary parameters are missing."""
-    values = with_window(model_type, values)
-    try:
-        backbone = AutoConfig.for_model(model_type, **values)
-    except KeyError as error:  # from the parameters of rotary positions
-        raise ValueError(f"backbone_config can't be a {model_type}: {error.args[0]}.") from error
-    if "sliding_attention" in (values.get("layer_types") or ()):
-        backbone.sliding_window = values.get("sliding_window")  # Qwen drops it where use_sliding_window is False
-    return backbone
-
-
-def eps_of(backbone: PreTrainedConfig) -> float:
-    """Return the epsilon of a family's norms, which each calls differently."""
-    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
-    return next(value for name in names if (value := getattr(backbone, name, None)) is not None)
 
 
 def import_plugins() -> None:
@@ -384,7 +352,7 @@ class FeedbackConfig(PreTrainedConfig):
         self._refuse_misspelled(kwargs)
         check_given(self, kwargs)
         whole = self.retrofitted_from is not None
-        self.backbone_config = (self._whole_backbone if whole else self._backbone)(self.backbone_config)
+        self.backbone_config = (original_config if whole else layers_config)(self, self.backbone_config)
         self._refuse_misplaced(kwargs)
         if self.norm_eps is None:
             self.norm_eps = eps_of(self.backbone_config)
@@ -487,58 +455,6 @@ class FeedbackConfig(PreTrainedConfig):
         """Return the file names and texts of the registered parts that this config names."""
         named = [*((field, getattr(self, field)) for field in CHOICES), ("input_type", self.source_type)]
         return [REGISTERED[each] for each in dict.fromkeys(named) if each in REGISTERED]
-
-    def _backbone(self, given: str | dict | PreTrainedConfig | None) -> PreTrainedConfig:
-        """Return the config of the borrowed layers; sizes in `given` are copied here, all others come from here."""
-        if given is None or isinstance(given, str):
-            given = {"model_type": "llama" if given is None else given}
-        elif isinstance(given, PreTrainedConfig):
-            given = given.to_dict()
-        model_type, given = model_type_of(given), copy.deepcopy(given)
-        aliases = type(AutoConfig.for_model(model_type)).attribute_map  # hidden_size: n_embd
-        theirs_to_ours = {aliases.get(theirs, theirs): ours for ours, theirs in shared_names(model_type).items()}
-        named = {aliases.get(name, name): value for name, value in given.items() if name not in NOT_OF_LAYERS}
-        for theirs, ours in theirs_to_ours.items():
-            if named.get(theirs) is not None:
-                setattr(self, ours, named[theirs])
-        if self.intermediate_size is None:
-            self.intermediate_size = 4 * self.hidden_size
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        check_sizes(self, model_type)
-        own = {theirs: getattr(self, ours) for theirs, ours in theirs_to_ours.items()}
-        if model_type == "gpt2":
-            own.update(attn_pdrop=self.dropout, resid_pdrop=self.dropout)
-        elif model_type == "albert":
-            own.update(attention_probs_dropout_prob=self.dropout, hidden_dropout_prob=self.dropout)
-            own.update(embedding_size=self.hidden_size, vocab_size=self.vocab_size)
-        else:  # Qwen3's default head_dim is 128 for any hidden size
-            own.update(attention_dropout=self.dropout, head_dim=self.hidden_size // self.num_attention_heads)
-        layers = max(1, self.num_encoder_layers, self.num_feedback_layers, self.num_decoder_layers)
-        own["n_layer" if model_type == "gpt2" else "num_hidden_layers"] = layers
-        if model_type == "hrm_text":
-            own["num_layers_per_stack"] = layers  # else it takes the number for a sum over all passes
-        kinds = given.get("layer_types")
-        if kinds and len(set(kinds)) == 1:
-            own["layer_types"] = [kinds[0]] * layers
-        backbone = make_backbone(model_type, {**own, **named, "pad_token_id": None})
-        if len(set(getattr(backbone, "layer_types", None) or [])) > 1:
-            raise ValueError(f"All layers must be of one type, and this {model_type} has {backbone.layer_types}.")
-        return backbone
-
-    def _whole_backbone(self, given: dict | PreTrainedConfig) -> PreTrainedConfig:
-        """Return the config of the original of a retrofitted model, and copy its sizes here."""
-        given = given.to_dict() if isinstance(given, PreTrainedConfig) else given
-        model_type = model_type_of(given, RETROFIT_TYPES)
-        backbone = make_backbone(model_type, {k: v for k, v in given.items() if k != "model_type"})
-        for ours, theirs in shared_names(model_type).items():
-            if getattr(backbone, theirs) is not None:
-                setattr(self, ours, getattr(backbone, theirs))
-        if self.intermediate_size is None:  # as GPT-2 leaves it
-            self.intermediate_size = 4 * self.hidden_size
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        return backbone
 
     def validate_architecture(self) -> None:
         """Raise ValueError, with a sentence that says what to change, for what can't be built."""

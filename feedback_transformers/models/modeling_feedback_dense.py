@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import named_arguments
 from .feedback_objectives import losses_of_units, row_means
+from .feedback_outputs import StatefulOutput
 from .feedback_states import FeedbackState
-from .modeling_feedback import StatefulOutput
 from .modeling_feedback_heads import FeedbackHead
 
 # Weights of the matching and of the loss, those of DETR (Carion et al. 2020, arXiv:2005.12872).
@@ -255,17 +255,21 @@ class FeedbackForImageToImage(FeedbackHead):
         shape = tuple(self.side * n for n in grid)
         return F.fold(cells, shape, self.side, stride=self.side)[..., :height, :width]
 
-    def enlarged(self, pixels: Tensor, sizes: Tensor) -> Tensor:
-        """Return the images of these sizes [B, 2], `upscale` times as large, without looking at padding."""
+    def enlarged(self, pixels: Tensor, pixel_mask: Tensor | None) -> Tensor:
+        """Return the images [B, C, H, W], `upscale` times as large, without looking at padding."""
         scale = self.config.upscale
         if scale == 1:
             return pixels
+
+        def enlarge(images: Tensor) -> Tensor:
+            return F.interpolate(images, scale_factor=scale, mode="bicubic", align_corners=False)
+
+        if pixel_mask is None:
+            return enlarge(pixels)
         made = pixels.new_zeros(*pixels.shape[:2], scale * pixels.shape[2], scale * pixels.shape[3])
-        for row, (height, width) in enumerate(sizes.long().tolist()):
+        for row, (height, width) in enumerate(image_sizes(pixels, pixel_mask).long().tolist()):
             image = pixels[row : row + 1, :, :height, :width]
-            made[row, :, : scale * height, : scale * width] = F.interpolate(
-                image, scale_factor=scale, mode="bicubic", align_corners=False
-            )[0]
+            made[row, :, : scale * height, : scale * width] = enlarge(image)[0]
         return made
 
     def step_logits(self, outputs: Any) -> list[Tensor]:
@@ -304,7 +308,7 @@ class FeedbackForImageToImage(FeedbackHead):
             feedback_state=feedback_state,
         )
         pixels = self.model.embeddings.coloured(pixel_values, 1)
-        base = self.enlarged(pixels, image_sizes(pixels, pixel_mask))
+        base = self.enlarged(pixels, pixel_mask)
         y, grid, shape, loss = outputs.last_hidden_state, outputs.grid, tuple(base.shape[-2:]), None
         real = torch.ones_like(base[:, 0])
         if pixel_mask is not None:

@@ -31,7 +31,9 @@ from .feedback_objectives import (
     token_mean,
     total_loss,
 )
-from .modeling_feedback import FeedbackModel, FeedbackModelOutput, FeedbackPreTrainedModel, StatefulOutput
+from .feedback_outputs import FeedbackModelOutput, StatefulOutput
+from .feedback_pretrained import FeedbackPreTrainedModel
+from .modeling_feedback import FeedbackModel
 
 logger = logging.get_logger(__name__)
 

@@ -17,8 +17,9 @@ from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import check_positions, named_arguments
 from .feedback_cache import FeedbackCache
 from .feedback_objectives import check_classes
+from .feedback_outputs import StatefulOutput
 from .feedback_states import FeedbackState
-from .modeling_feedback import FeedbackModel, StatefulOutput
+from .modeling_feedback import FeedbackModel
 from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead
 
 

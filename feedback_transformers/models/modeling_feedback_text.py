@@ -31,8 +31,8 @@ from .feedback_objectives import (
     token_mean,
     warn_of_padding,
 )
+from .feedback_outputs import StatefulOutput
 from .feedback_states import FeedbackState
-from .modeling_feedback import StatefulOutput
 from .modeling_feedback_heads import FeedbackClassifier, FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
 
 # Trainer's label smoothing looks here for the models whose labels it has to shift. This file travels with checkpoints.
