@@ -95,7 +95,10 @@ USAGE = {  # by pipeline: what a reader does with the model
     ),
 }
 LOWER = {"loss", "perplexity", "mae", "mase", "mse", "rmse", "smape", "error", "wer", "cer"}
-HIGHER = {"accuracy", "f1", "precision", "recall", "bleu", "sacrebleu", "chrf", "rouge1", "rouge2", "rougel", "exact"}
+HIGHER = {
+    *("accuracy", "f1", "precision", "recall", "bleu", "sacrebleu"),
+    *("chrf", "rouge1", "rouge2", "rougel", "exact", "psnr"),
+}
 SPLITS = {"eval": "validation", "test": "test"}
 PASSES = re.compile(r"(.+)_step_(\d+)")
 FOLDERS = ("--output_dir", "--logging_dir", "--cache_dir")  # places on the author's machine, of no use to a reader

@@ -24,6 +24,7 @@ COLUMNS = {
     "aws-docs": ["source", "target"],
     "mnist-5k": ["image", "label"],
     "electricity": ["timestamp", "value"],
+    "photographs": ["image"],
 }
 # python-docs depends on the version of Python, and has a test of its own.
 SIZES = {
@@ -33,6 +34,7 @@ SIZES = {
     "aws-docs": (5761, 734, 726),
     "mnist-5k": (3500, 500, 1000),
     "electricity": (21043, 2630, 2631),
+    "photographs": (12, 2, 3),
 }
 TEXTS = {"python-docs": "text", "movie-sentiment": "text", "modern-bible": "source", "aws-docs": "source"}
 

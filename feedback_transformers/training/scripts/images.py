@@ -96,11 +96,33 @@ def read_images(folder: str, unlabelled: bool = False) -> Dataset:
         others.update(file.suffix.lower() for file in set(files) - set(images))
         paths += map(str, images)
         labels += [number] * len(images)
+    _print_left_out(folder, others)
+    features = Features(image=Image(), label=ClassLabel(names=[inside.name for inside in classes]))
+    return Dataset.from_dict({"image": paths, "label": labels}, features)
+
+
+def read_plain_images(folder: str) -> Dataset:
+    """Read all images of a folder, and of the folders in it, whatever those mean; return the column `image`.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from datasets import Dataset, Features, Image
+
+    files = _files(Path(folder))
+    images = _images(files)
+    if not images:
+        there = f"but {len(files):,} files of other kinds ({_endings(files)})" if files else "and no other files"
+        raise ValueError(f"{folder} holds no images that Pillow reads, {there}: give a folder of images.")
+    _print_left_out(folder, Counter(file.suffix.lower() for file in set(files) - set(images)))
+    return Dataset.from_dict({"image": list(map(str, images))}, Features(image=Image()))
+
+
+def _print_left_out(folder: str, others: Counter[str]) -> None:
+    """Print how many files are no images, by their endings."""
     if others:
         kinds = ", ".join(f"{ending or 'no ending'}: {number:,}" for ending, number in others.most_common(SHOWN))
         print(f"Left out {others.total():,} files of {folder} that are no images that Pillow reads ({kinds})")
-    features = Features(image=Image(), label=ClassLabel(names=[inside.name for inside in classes]))
-    return Dataset.from_dict({"image": paths, "label": labels}, features)
 
 
 def _images(files: list[Path]) -> list[Path]:

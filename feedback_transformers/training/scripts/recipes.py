@@ -304,6 +304,54 @@ OBJECTS = Recipe(
     },
 )
 
+IMAGE_TO_IMAGE = Recipe(  # untuned
+    architecture={
+        "feedback_axis": "depth",
+        "feedback_type": "conv",
+        "feedback_connection": "gate",
+        "encoder_type": "cnn",
+        "decoder_type": "mlp",
+        "is_causal": False,
+        "num_encoder_layers": 1,
+        "num_feedback_layers": 1,
+        "num_decoder_layers": 1,
+        "num_feedback_steps": 4,
+        "supervision": "all",
+    },
+    sizes={"hidden_size": 64, "intermediate_size": 128},
+    training={
+        "output_dir": "runs/image-to-image",
+        "dataset_name": "photographs",
+        "max_steps": 1000,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 1,  # whole images
+        "learning_rate": 1e-3,
+        "warmup_steps": 0.05,
+        "weight_decay": 0.05,
+        "eval_strategy": "steps",
+        "eval_steps": 250,
+        "save_steps": 250,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "psnr",
+        "remove_unused_columns": False,  # the pixels are made of the image column
+        "label_names": ["labels", "pixel_mask", "pixel_values"],  # what the metric reads
+    },
+    smoke={
+        "output_dir": "runs/smoke/image-to-image",
+        "max_steps": 2,
+        "eval_steps": 2,
+        "save_steps": 2,
+        "max_train_samples": 4,
+        "max_eval_samples": 2,
+        "per_device_train_batch_size": 4,
+        "crop": 16,
+        "crops_per_image": 2,
+        "eval_crop": 32,
+        "logging_steps": 1,
+        "config_overrides": "hidden_size=16,intermediate_size=32",
+    },
+)
+
 FORECASTING = Recipe(
     architecture={
         "feedback_axis": "depth",
