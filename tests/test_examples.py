@@ -30,6 +30,7 @@ METRICS = {
     "run_classification": ["test_accuracy", "test_f1"],
     "run_seq2seq": ["test_bleu", "test_chrf", "test_bleu_of_the_source"],
     "run_image_classification": ["test_accuracy", "test_accuracy_step_1", "test_accuracy_step_4"],
+    "run_object_detection": ["test_map", "test_map_50", "test_map_50_step_1", "test_map_50_step_4"],
     "run_image_to_image": ["test_psnr", "test_psnr_bicubic", "test_psnr_step_1", "test_psnr_step_4"],
     "run_forecasting": ["test_mase", "test_mase_naive_24", "test_mase_naive_168"],
     "sft": ["train_loss", "eval_loss", "perplexity", "perplexity_step_8"],

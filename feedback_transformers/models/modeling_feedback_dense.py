@@ -12,6 +12,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_arguments import named_arguments
@@ -223,6 +224,14 @@ class FeedbackImageToImageOutput(StatefulOutput):
     real: ClassVar[Tensor | None] = None  # [B, s H, s W] 1 for real pixels
 
 
+class AddedPixels(nn.Linear):
+    """Read what is added to the pixels of a cell; zero at first, so that a fresh model makes the image it is given."""
+
+    def init_parameters(self) -> None:
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
 class FeedbackForImageToImage(FeedbackHead):
     """Make one image of another: a larger one, with config.upscale, or one without noise, blur or holes.
 
@@ -241,7 +250,7 @@ class FeedbackForImageToImage(FeedbackHead):
         super().__init__(config)
         self.side = config.upscale * config.input_config.patch_size  # of what a cell becomes, in pixels
         size = config.input_config.num_channels * self.side**2
-        self.readout = nn.Linear(config.hidden_size, size)
+        self.readout = AddedPixels(config.hidden_size, size)
         self.feedback = self.feedback_projection(size)
         self.post_init()
 
