@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from .visualize import _finish
+from .visualize import _finish, _several
+
+LETTERS = 28  # of a line of text below an image
 
 
 @torch.no_grad()
@@ -62,9 +66,51 @@ def images_over_steps(
     return _finish(figure, path)
 
 
-def _row(count: int) -> tuple[Any, Any]:
+@torch.no_grad()
+def captions_over_steps(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    path: str | PathLike[str] | None = None,
+    questions: Sequence[str] | None = None,
+    num_feedback_steps: int | None = None,
+) -> Figure:
+    """Draw images side by side, and under each the texts that a model writes about it with 1 to K feedback steps.
+
+    Args:
+        processor: has an `image_processor` and a `tokenizer`.
+        images: PIL images.
+        questions: what each text begins with, shown above its image.
+        num_feedback_steps: K, that of the config by default.
+
+    Raises:
+        ValueError: for a model that goes position by position, and makes no passes.
+    """
+    config, tokenizer = model.config, processor.tokenizer
+    if not config.in_passes:
+        _several(None)
+    own = config.num_feedback_steps if config.feedback_axis == "depth" else config.solver_steps
+    figure, (axes,) = _row(len(images), 3.2)
+    for number, (axis, image) in enumerate(zip(axes, images, strict=True)):
+        question = "" if questions is None else questions[number]
+        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        begun = [config.decoder_start_token_id, *tokenizer(question)["input_ids"]]
+        given = {"pixel_values": pixels, "decoder_input_ids": torch.tensor([begun])}
+        given, lines = {name: tensor.to(model.device) for name, tensor in given.items()}, []
+        for step in range(1, (num_feedback_steps or own) + 1):
+            ids = model.eval().generate(**given, num_feedback_steps=step)[0, len(begun) :]
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            text = "".join(sign if sign.isprintable() else "□" for sign in text)
+            lines.append(fill(f"{step}: {text}", LETTERS, subsequent_indent="   "))
+        _show(axis, image, fill(question, LETTERS).replace("$", r"\$"))
+        below = "\n".join(lines).replace("$", r"\$")  # which would begin a formula
+        axis.annotate(below, (0, 0), (0, -6), "axes fraction", "offset points", va="top", fontsize=8)
+    return _finish(figure, path)
+
+
+def _row(count: int, height: float = 2.5) -> tuple[Any, Any]:
     """Return a figure and its axes [1, count], side by side."""
-    figure = Figure(figsize=(2.2 * count, 2.5), layout="constrained")
+    figure = Figure(figsize=(2.2 * count, height), layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)
 
 

@@ -27,6 +27,7 @@ COLUMNS = {
     "photographs": ["image"],
     "digit-scenes": ["image", "objects"],
     "digit-captions": ["image", "text"],
+    "digit-questions": ["image", "question", "answer"],
     "digit-videos": ["video", "label"],
 }
 # python-docs depends on the version of Python, and has a test of its own.
@@ -36,7 +37,7 @@ SIZES = {
     "modern-bible": (24900, 3105, 3090),
     "aws-docs": (5761, 734, 726),
     "mnist-5k": (3500, 500, 1000),
-    **dict.fromkeys(("digit-scenes", "digit-captions", "digit-videos"), (4000, 300, 500)),
+    **dict.fromkeys(("digit-scenes", "digit-captions", "digit-questions", "digit-videos"), (4000, 300, 500)),
     "electricity": (21043, 2630, 2631),
     "photographs": (12, 2, 3),
 }

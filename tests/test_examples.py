@@ -33,6 +33,8 @@ METRICS = {
     "run_object_detection": ["test_map", "test_map_50", "test_map_50_step_1", "test_map_50_step_4"],
     "run_image_to_image": ["test_psnr", "test_psnr_bicubic", "test_psnr_step_1", "test_psnr_step_4"],
     "run_forecasting": ["test_mase", "test_mase_naive_24", "test_mase_naive_168"],
+    "run_captioning": ["test_exact_match_without_the_image", "test_exact_match", "test_exact_match_step_6"],
+    "run_video_classification": ["test_accuracy_motion", "test_accuracy", "test_accuracy_step_8"],
     "sft": ["train_loss", "eval_loss", "perplexity", "perplexity_step_8"],
     "finetune_lora": ["perplexity_before_python-docs", "perplexity_after_python-docs", "perplexity_after_shakespeare"],
     "retrofit_lora": [

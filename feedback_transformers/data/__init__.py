@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .images import mnist_5k
 from .photographs import photographs
-from .scenes import digit_captions, digit_scenes, digit_videos
+from .scenes import digit_captions, digit_questions, digit_scenes, digit_videos
 from .series import electricity, windows
 from .text import aws_docs, modern_bible, movie_sentiment, python_docs, shakespeare
 from .tokenizers import blocks, characters, subwords
@@ -34,6 +34,7 @@ DATASETS: dict[str, Callable[[], DatasetDict]] = {
     "electricity": electricity,
     "digit-scenes": digit_scenes,
     "digit-captions": digit_captions,
+    "digit-questions": digit_questions,
     "digit-videos": digit_videos,
     "photographs": photographs,
 }

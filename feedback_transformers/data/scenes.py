@@ -157,6 +157,56 @@ def digit_captions() -> DatasetDict:
     return DatasetDict(made)
 
 
+SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}  # the axis, and the way along it
+
+
+def questions(made: Scene) -> list[tuple[str, str]]:
+    """Return questions about a scene and their answers: the number of digits, and what lies on a side of a digit.
+
+    Each has exactly one answer. It names a digit that is there once, and one other digit has its middle on that side
+    of it, with a whole box beyond the edge.
+    """
+    asked = [("how many digits?", NAMES[len(made.digits)])]
+    for k, digit in enumerate(made.digits):
+        if made.digits.count(digit) > 1:
+            continue
+        for side, (axis, way) in SIDES.items():
+            there = [other for other in range(len(made.digits)) if other != k and beyond(made, other, k, axis, way)]
+            if len(there) == 1 and beyond(made, there[0], k, axis, way, whole=True):
+                asked.append((f"what is {side} the {NAMES[digit]}?", NAMES[made.digits[there[0]]]))
+    return asked
+
+
+def beyond(made: Scene, one: int, other: int, axis: int, way: int, whole: bool = False) -> bool:
+    """Return whether a digit lies on a side of another one: its middle from the other's, or its whole box."""
+    (low, size), (low_other, size_other) = (made.boxes[k][axis::2] for k in (one, other))
+    if whole:
+        return low + size <= low_other if way < 0 else low >= low_other + size_other
+    return way * (2 * low + size - 2 * low_other - size_other) > 0
+
+
+def digit_questions() -> DatasetDict:
+    """Return canvases with 2 or 3 digits, `image`, and a `question` that has one `answer`.
+
+    A question is drawn from those of `questions`, such as "what is left of the seven?". There are as many canvases as
+    in `digit_captions`, 64 x 64.
+    """
+    from datasets import Dataset, DatasetDict, Features, Image, Value
+
+    features = Features(image=Image(), question=Value("string"), answer=Value("string"))
+    made = {}
+    for name, drawn in splits().items():
+        columns: dict[str, list] = {"image": [], "question": [], "answer": []}
+        for _ in range(COUNTS[name]):
+            each = scene(*drawn, count=(2, 3), size=(64, 64), side=(18, 28))
+            asked = questions(each)
+            question, answer = asked[int(drawn[2].integers(len(asked)))]
+            for column, value in zip(columns, (png(each.canvas), question, answer), strict=True):
+                columns[column].append(value)
+        made[name] = Dataset.from_dict(columns, features, split=name)
+    return DatasetDict(made)
+
+
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 FRAMES, SIDE = 8, 36
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_feedback import FeedbackConfig
@@ -116,6 +117,22 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
         pad, start = self.config.pad_token_id, self.config.decoder_start_token_id
         shifted = torch.cat([labels.new_full((len(labels), 1), pad), labels[:, :-1]], dim=1)
         return shifted.masked_fill(shifted == -100, pad).scatter(1, first_label(labels), start)
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Begin the target with a text that a processor gives beside images, behind a start token and padding."""
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id or 0
+        text, read = model_kwargs.get("input_ids"), self.model.source.takes
+        if text is not None and start is not None and not {"input_ids", "attention_mask"} & set(read):
+            mask = model_kwargs.get("attention_mask")
+            mask = torch.ones_like(text) if mask is None or mask.shape != text.shape else mask
+            rows = [text.new_tensor([start, *row[real.bool()]]).long() for row, real in zip(text, mask, strict=True)]
+            model_kwargs["decoder_input_ids"] = pad_sequence(rows, True, pad, "left")
+            del model_kwargs["input_ids"]
+        return super()._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
+        )
 
     def target_mask(self, decoder_input_ids: Tensor) -> Tensor | None:
         """Return the mask [B, T] of padding before the start token, where that token is another one than padding."""

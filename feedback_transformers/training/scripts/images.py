@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,13 +182,22 @@ def eight_bits(image: Picture) -> Picture:
     return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
 
 
-def readable(dataset: DatasetDict, column: str, folders: dict[str, str], skip: bool) -> tuple[DatasetDict, list[Look]]:
+def readable(
+    dataset: DatasetDict,
+    column: str,
+    folders: dict[str, str],
+    skip: bool,
+    look: Callable[[Any], Look] = look_at,
+    things: str = "images",
+) -> tuple[DatasetDict, list[Look]]:
     """Return the data set without the images that can't be read, and what the others are.
 
     Args:
         column: the images, or the paths of their files, relative to the folder of the table that names them.
         folders: what each split was read from.
         skip: leave damaged images out and print their number, instead of an error.
+        look: tells what one of them is.
+        things: what an error calls them.
 
     Raises:
         ValueError: the column holds something else; or some images can't be read, and `skip` is False; or none can.
@@ -202,8 +211,8 @@ def readable(dataset: DatasetDict, column: str, folders: dict[str, str], skip: b
         if not isinstance(kind, Image):
             if getattr(kind, "dtype", None) not in ("string", "large_string"):
                 raise ValueError(
-                    f"The column {column!r} of the {split} data holds neither images nor paths of images: "
-                    "give --image_column."
+                    f"The column {column!r} of the {split} data holds neither {things} nor paths of {things}: "
+                    f"give --{things.rstrip('s')}_column."
                 )
             table = Path(folders.get(split, folders.get("train", "")))
             paths = [None if path is None else str(table.parent / path) for path in rows[column]]
@@ -211,24 +220,26 @@ def readable(dataset: DatasetDict, column: str, folders: dict[str, str], skip: b
             rows = rows.rename_column("paths of images", column).cast_column(column, Image())
         values = rows.cast_column(column, Image(decode=False))[column]
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # Pillow decodes outside of Python's lock
-            found = list(threads.map(look_at, values))
-        for row, (value, look) in enumerate(zip(values, found, strict=True)):
-            if look.fault:
+            found = list(threads.map(look, values))
+        for row, (value, seen) in enumerate(zip(values, found, strict=True)):
+            if seen.fault:
                 path = value and value["path"]
-                faults.append(f"{path or f'row {row} of the {split} data'}: {look.fault}")
+                faults.append(f"{path or f'row {row} of the {split} data'}: {seen.fault}")
         good = [row for row, look in enumerate(found) if not look.fault]
         if skip and not good:
-            raise ValueError(f"None of the {len(found):,} images of the {split} data can be read ({_first(faults)}).")
+            raise ValueError(
+                f"None of the {len(found):,} {things} of the {split} data can be read ({_first(faults)})."
+            )
         dataset[split] = rows if len(good) == len(rows) else rows.select(good)
         looks += [found[row] for row in good]
     if faults and not skip:
-        number = f"{len(faults):,} of {len(faults) + len(looks):,} images"
+        number = f"{len(faults):,} of {len(faults) + len(looks):,} {things}"
         raise ValueError(
             f"{number} can't be read ({_first(faults)}): mend or delete them, or leave them out with "
             "--skip_corrupt_files."
         )
     if faults:
-        print(f"Left out {len(faults):,} images that can't be read ({_first(faults)})")
+        print(f"Left out {len(faults):,} {things} that can't be read ({_first(faults)})")
     return dataset, looks
 
 
@@ -287,14 +298,14 @@ def image_sizes(
     return size, {"type": "images", "patch_size": patch, "num_channels": num_channels}
 
 
-def print_images(looks: list[Look], image_size: int, num_channels: int) -> None:
+def print_images(looks: list[Look], image_size: int, num_channels: int, things: str = "images") -> None:
     """Print what the images are, and as what the model reads them."""
     (low, high), (least, most) = _range(look.width for look in looks), _range(look.height for look in looks)
     sizes = f"{low} x {least}" if (low, least) == (high, most) else f"{low} x {least} to {high} x {most}"
     grey = sum(look.grey for look in looks)
     kinds = "grey" if grey == len(looks) else f"in colour, {grey:,} of them grey" if grey else "in colour"
     print(
-        f"{len(looks):,} images of {sizes} pixels, {kinds}; the model reads them as {image_size} x {image_size}, "
+        f"{len(looks):,} {things} of {sizes} pixels, {kinds}; the model reads them as {image_size} x {image_size}, "
         f"{'grey' if num_channels == 1 else 'in colour'} (--image_size, --num_channels)"
     )
     if deep := sum(look.deep for look in looks):

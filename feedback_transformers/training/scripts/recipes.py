@@ -352,6 +352,91 @@ IMAGE_TO_IMAGE = Recipe(  # untuned
     },
 )
 
+CAPTIONS = Recipe(  # untuned
+    architecture={
+        "feedback_axis": "depth",
+        "feedback_type": "transformer",
+        "feedback_connection": "gate",
+        "encoder_type": "cnn",
+        "decoder_type": "mlp",
+        "num_encoder_layers": 3,
+        "num_feedback_layers": 2,
+        "num_decoder_layers": 1,
+        "num_feedback_steps": 3,
+        "supervision": "all",
+        "initializer_range": 0.06,
+    },
+    sizes={"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4, "max_position_embeddings": 256},
+    training={
+        "output_dir": "runs/captioning",
+        "dataset_name": "digit-captions",
+        "num_train_epochs": 12,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 100,
+        "learning_rate": 2e-3,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.05,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "exact_match",
+        "label_names": ["labels"],
+    },
+    smoke={
+        "output_dir": "runs/smoke/captioning",
+        "num_train_epochs": 1,
+        "max_train_samples": 16,
+        "max_eval_samples": 4,
+        "max_target_length": 8,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "vocab_size": 300,
+        "config_overrides": "hidden_size=16,intermediate_size=32",
+    },
+)
+
+VIDEOS = Recipe(  # untuned
+    architecture={
+        "feedback_axis": "depth",
+        "feedback_type": "conv",
+        "feedback_connection": "gate",
+        "encoder_type": "cnn",
+        "decoder_type": "mlp",
+        "is_causal": False,
+        "num_encoder_layers": 2,
+        "num_feedback_layers": 1,
+        "num_decoder_layers": 1,
+        "num_feedback_steps": 4,
+        "supervision": "all",
+        "initializer_range": 0.06,
+    },
+    sizes={"hidden_size": 64, "intermediate_size": 128},
+    training={
+        "output_dir": "runs/video-classification",
+        "dataset_name": "digit-videos",
+        "num_train_epochs": 12,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 100,
+        "learning_rate": 3e-3,
+        "warmup_steps": 0.1,
+        "weight_decay": 0.1,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "accuracy",
+        "remove_unused_columns": False,  # the pixels are made of the video column
+    },
+    smoke={
+        "output_dir": "runs/smoke/video-classification",
+        "num_train_epochs": 1,
+        "max_train_samples": 32,
+        "max_eval_samples": 20,
+        "per_device_train_batch_size": 16,
+        "logging_steps": 1,
+        "config_overrides": "hidden_size=16,intermediate_size=32",
+    },
+)
+
 FORECASTING = Recipe(
     architecture={
         "feedback_axis": "depth",
