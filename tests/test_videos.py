@@ -200,5 +200,5 @@ def test_other_bad_inputs(tmp_path):
     with pytest.raises(ValueError, match=r"20 of 20 videos can't be read \(.*No such file"):
         script(tmp_path / "a.csv", tmp_path / "out", "--video_column", "clip")
     (tmp_path / "b.jsonl").write_text('{"video": [1, 2], "label": "a"}\n{"video": [2, 3], "label": "b"}\n' * 10)
-    with pytest.raises(ValueError, match="The column 'video' holds .*: give GIFs, their paths, or arrays of uint8"):
+    with pytest.raises(ValueError, match="The column 'video' holds .*: give GIFs, their paths, lists of images"):
         script(tmp_path / "b.jsonl", tmp_path / "out")

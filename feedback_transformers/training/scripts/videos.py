@@ -91,8 +91,8 @@ def readable_videos(
     images = isinstance(feature, List) and isinstance(feature.feature, Image)
     if not images and not type(feature).__name__.startswith("Array"):
         raise ValueError(
-            f"The column {column!r} holds {type(feature).__name__}: give GIFs, their paths, lists of images, or arrays "
-            "of uint8 with the shape [frames, height, width]."
+            f"The column {column!r} holds {type(feature).__name__}: give GIFs, their paths, lists of images, or "
+            "arrays of uint8 with the shape [frames, height, width]."
         )
     looks = []
     for split, rows in dataset.items():
