@@ -19,7 +19,7 @@ from feedback_transformers import (
     FeedbackModel,
     retrofit,
 )
-from feedback_transformers.models import feedback_context
+from feedback_transformers.models import feedback_calls
 from feedback_transformers.models.feedback_names import CHOICES
 
 CONFIGS = [
@@ -278,7 +278,7 @@ def test_a_wrong_window_of_a_live_model(kinds, window, sentence):
 def test_a_text_that_grows_too_long(monkeypatch):
     """Refused where each position has an embedding; rotary ones go on, as in transformers."""
     said, more = [], torch.full((1, 7), 7)
-    monkeypatch.setattr(feedback_context.logger, "warning_once", said.append)
+    monkeypatch.setattr(feedback_calls.logger, "warning_once", said.append)
     for family in ("gpt2", "llama"):
         model = build(backbone_config=family)
         cache = model(torch.full((1, 90), 7), use_cache=True).past_key_values

@@ -20,7 +20,7 @@ def test_compiled_pass_equals_eager(cell):
     model = build(feedback_type=cell, decoder_type="mlp")
     base, batch = model.model, tokens(2, 6)
     with torch.no_grad():
-        embedded = base.embeddings(batch)
+        embedded = base.embeddings(batch).x
         context, _ = base.make_context(embedded, None, None, None)
         e = base.encode(embedded, context)
         torch._dynamo.reset()

@@ -56,8 +56,8 @@ def test_gradient_of_the_last_pass_alone():
     actual = gradients(model, batch)
     model.zero_grad()
     base = model.model
-    context, _ = base.make_context(base.embeddings(batch), None, None, None)
-    e = base.encode(base.embeddings(batch), context)
+    context, _ = base.make_context(base.embeddings(batch).x, None, None, None)
+    e = base.encode(base.embeddings(batch).x, context)
     signal = None
     for step in range(3):
         with torch.set_grad_enabled(step == 2):

@@ -225,7 +225,7 @@ def test_shared_memory_is_what_all_layers_read(family):
         assert memory[0].shape == (1, 4, 5, 8)
         merged = []
         for t in range(5):  # an independent pass: layers of their own, fed with the memory of before
-            x = model.model.loop.connection(model.model.embeddings(batch)[:, t : t + 1], None)
+            x = model.model.loop.connection(model.model.embeddings(batch).x[:, t : t + 1], None)
             context = Context(torch.tensor([[t]]), torch.tensor([t]), offset=t)
             position = cell.rotary(x, context.position_ids)
             states = [x]

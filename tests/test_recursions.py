@@ -14,7 +14,7 @@ def test_every_layer_reads_the_one_above_one_step_ago(axis):
     fields = {"feedback_type": "mlp", "feedback_connection": "add", "feedback_recursion": "layerwise"}
     sizes = {"num_feedback_layers": 3, "num_encoder_layers": 0, "num_decoder_layers": 0, "num_feedback_steps": 4}
     model = build(FeedbackModel, feedback_axis=axis, output_norm="none", decoder_type="mlp", **fields, **sizes)
-    loop, e = model.loop, model.embeddings(tokens(2, 6))
+    loop, e = model.loop, model.embeddings(tokens(2, 6)).x
     connections = [loop.connection, *loop.cell.connections]
     layers = [layer.layers[0] for layer in loop.cell.layers]
 

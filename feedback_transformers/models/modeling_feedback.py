@@ -15,17 +15,15 @@ from transformers import PreTrainedModel, logging
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_arguments import check_positions, check_types, named_arguments
 from .feedback_backbones import BACKBONES, Family, attention_of, base_class, family_member
 from .feedback_cache import Context, FeedbackCache
-from .feedback_context import ContextMixin
+from .feedback_calls import ContextMixin, FeedbackModelOutput, check_positions, check_types, named_arguments
 from .feedback_decoders import DECODERS
 from .feedback_encoders import ENCODERS
 from .feedback_inputs import Embedded
 from .feedback_layers import TransformerStack, make_norm
 from .feedback_loop import FeedbackLoop
 from .feedback_modalities import make_input
-from .feedback_outputs import FeedbackModelOutput
 from .feedback_padding import gather, scatter
 from .feedback_pretrained import FeedbackPreTrainedModel
 from .feedback_solvers import Readout, solver_of
@@ -151,11 +149,12 @@ class FeedbackModel(ContextMixin, FeedbackPreTrainedModel):
 
         Raises ValueError unless one of both is given, and all of the data is this input's.
         """
-        given = {name: value for name, value in raw.items() if value is not None}
-        first = part.takes[0]
-        others = [name for name in given if name not in part.takes]
-        if others or (first in given) == (inputs_embeds is not None) or (inputs_embeds is not None and given):
-            instead = f", not {others[0]}" if others else ""
+        first, given, instead = part.takes[0], dict[str, Tensor](), ""
+        for name, value in raw.items():
+            if value is not None:
+                given[name] = value
+                instead = instead if name in part.takes else f", not {name}"
+        if instead or (first in given) == (inputs_embeds is not None) or (inputs_embeds is not None and given):
             raise ValueError(f"This model reads {first}{instead}: give exactly one of {first} and inputs_embeds.")
         return part(**given) if inputs_embeds is None else Embedded(inputs_embeds)
 

@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_arguments import named_arguments
+from .feedback_calls import StatefulOutput, named_arguments
 from .feedback_objectives import losses_of_units, row_means
-from .feedback_outputs import StatefulOutput
 from .feedback_states import FeedbackState
 from .modeling_feedback_heads import FeedbackHead
 

@@ -18,6 +18,7 @@ from transformers.utils import logging
 from .configuration_feedback import FeedbackConfig
 from .feedback_backbones import BACKBONES, family_member
 from .feedback_cache import FeedbackCache
+from .feedback_calls import FeedbackModelOutput, StatefulOutput
 from .feedback_layers import dropout
 from .feedback_modalities import INPUTS
 from .feedback_objectives import (
@@ -31,7 +32,6 @@ from .feedback_objectives import (
     token_mean,
     total_loss,
 )
-from .feedback_outputs import FeedbackModelOutput, StatefulOutput
 from .feedback_pretrained import FeedbackPreTrainedModel
 from .modeling_feedback import FeedbackModel
 
@@ -420,16 +420,16 @@ class FeedbackClassifier(FeedbackHead):
         if labels is not None:
             one_class = self.single_label and not labels.is_floating_point()
             targets = (labels.flatten() if one_class else labels.float()).to(logits.device)
-            known = (targets.view(len(targets), -1) != -100).any(1)
+            known = targets[:, None] != -100 if one_class else torch.ones_like(logits, dtype=torch.bool)
 
             def units(y: Tensor) -> Tensor:
-                """Return the loss of each row, [B]."""
+                """Return the loss of each row, [B, 1], or of each of its numbers, [B, L]."""
                 made = self.pooled_logits(y, mask).float()
                 if one_class:
                     weights = None if self.class_weights is None else self.class_weights.to(made)
-                    return F.cross_entropy(made, targets, weights, reduction="none")
+                    return F.cross_entropy(made, targets, weights, reduction="none")[:, None]
                 error = F.mse_loss if self.config.problem_type == "regression" else F.binary_cross_entropy_with_logits
-                return error(made, targets.view_as(made), reduction="none").mean(1)
+                return error(made, targets.view_as(made), reduction="none")
 
             def right(y: Tensor) -> Tensor:
                 return (self.pooled_logits(y, mask).argmax(-1) == targets) | (targets == -100)
@@ -439,8 +439,8 @@ class FeedbackClassifier(FeedbackHead):
             losses = losses_of_units(
                 units,
                 known,
-                read=lambda x: self.pool(x[..., None], mask).squeeze(-1),
-                over=lambda x: row_means(x, mask),
+                read=lambda x: self.pool(x[..., None], mask),
+                over=lambda x: row_means(x, mask)[:, None],
                 count=num_items_in_batch,
                 right=right,
             )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .feedback_arguments import named_arguments
+from .feedback_calls import named_arguments
 from .feedback_states import FeedbackState
 from .modeling_feedback_heads import FeedbackClassifier, FeedbackOutput
 

@@ -15,10 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_arguments import check_positions, named_arguments
 from .feedback_cache import FeedbackCache
+from .feedback_calls import StatefulOutput, check_positions, named_arguments
 from .feedback_objectives import check_classes
-from .feedback_outputs import StatefulOutput
 from .feedback_states import FeedbackState
 from .modeling_feedback import FeedbackModel
 from .modeling_feedback_heads import FeedbackGenerationMixin, FeedbackLMHead

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_arguments import named_arguments
+from .feedback_calls import FeedbackModelOutput, named_arguments
 from .feedback_objectives import losses_of_units
-from .feedback_outputs import FeedbackModelOutput
 from .modeling_feedback_heads import FeedbackHead
 
 GAPS = "give windows of one length, with their gaps filled"

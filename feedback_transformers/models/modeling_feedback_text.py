@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .configuration_feedback import FeedbackConfig
-from .feedback_arguments import named_arguments
 from .feedback_cache import FeedbackCache
+from .feedback_calls import StatefulOutput, named_arguments
 from .feedback_objectives import (
     Losses,
     check_classes,
@@ -31,7 +31,6 @@ from .feedback_objectives import (
     token_mean,
     warn_of_padding,
 )
-from .feedback_outputs import StatefulOutput
 from .feedback_states import FeedbackState
 from .modeling_feedback_heads import FeedbackClassifier, FeedbackGenerationMixin, FeedbackLMHead, FeedbackOutput
 
