@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         sizes = {**RECIPE.sizes, "input_config": images, "id2label": dict(enumerate(names))}
         model = AutoModelForObjectDetection.from_config(model_args.config(RECIPE.architecture, **sizes))
     names = list(model.config.id2label.values())
-    boxes = objects.Boxes(names, column, key, data_args.drop_bad_boxes)
+    numbered = objects.numbered_names(known, column, key) if known else None
+    boxes = objects.Boxes(names, column, key, data_args.drop_bad_boxes, numbered)
     annotated = {split: boxes.check(rows, split) for split, rows in known.items()}
     for split, rows in dataset.items():
         count = f", {sum(map(len, annotated[split])):,} objects" if split in annotated else ""

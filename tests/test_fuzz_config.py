@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import fields
+from typing import Any
 
 import fuzzing
 import pytest
@@ -20,6 +21,8 @@ from feedback_transformers import (
     FeedbackConfig,
     FeedbackForCausalLM,
     FeedbackForConditionalGeneration,
+    FeedbackForImageToImage,
+    FeedbackForObjectDetection,
     FeedbackForQuestionAnswering,
     FeedbackForSequenceClassification,
     FeedbackForTokenClassification,
@@ -86,12 +89,20 @@ def inputs_of(model) -> tuple[dict, dict]:
     if config.input_type in ("images", "videos"):
         frames = (3,) if config.input_type == "videos" else ()
         pixels = torch.randn(2, *frames, config.input_config.num_channels, 8, 6)
-        return {"pixel_values": pixels}, {"labels": labels_of(config, 2)}
+        labels: Any = labels_of(config, 2)
+        if head is FeedbackForImageToImage:
+            labels = torch.randn(2, pixels.shape[1], 8 * config.upscale, 6 * config.upscale)
+        if head is FeedbackForObjectDetection:
+            labels = [{"class_labels": torch.tensor([0]), "boxes": torch.full((1, 4), 0.4)}] * 2
+        return {"pixel_values": pixels}, {"labels": labels}
     if config.input_type == "values":
         channels = config.input_config.num_channels
         series = torch.randn(2, LENGTH, channels)
         return {"past_values": series}, {"future_values": torch.randn(2, config.prediction_length, channels)}
     ids = torch.randint(config.vocab_size, (2, LENGTH))
+    if head is FeedbackForConditionalGeneration and config.source_type == "images":
+        pixels = torch.randn(2, config.source_config.num_channels, 8, 6)
+        return {"pixel_values": pixels, "decoder_input_ids": ids}, {"labels": ids}
     if head is FeedbackForConditionalGeneration:
         return {"input_ids": ids, "decoder_input_ids": ids}, {"labels": ids}
     if head is FeedbackForSequenceClassification:

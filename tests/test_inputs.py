@@ -15,11 +15,15 @@ from feedback_transformers import (
     FeedbackForCausalLM,
     FeedbackForConditionalGeneration,
     FeedbackForImageClassification,
+    FeedbackForImageToImage,
+    FeedbackForMaskedLM,
     FeedbackForObjectDetection,
+    FeedbackForSequenceClassification,
     FeedbackForVideoClassification,
     FeedbackModel,
 )
 from feedback_transformers.models.feedback_inputs import GridPositions
+from feedback_transformers.models.modeling_feedback_dense import image_sizes
 
 PARTS = {
     "transformer": {"encoder_type": "transformer", "feedback_type": "transformer"},
@@ -149,7 +153,7 @@ def test_a_captioner_is_saved_with_its_source(tmp_path):
     assert not any(info.values()) and again.config.source_config == model.config.source_config
     written = {"decoder_input_ids": tokens(1, 4)}
     assert torch.equal(again(pixel_values=image, **written).logits, model(pixel_values=image, **written).logits)
-    with pytest.raises(ValueError, match="This model reads pixel_values: give exactly one of"):
+    with pytest.raises(ValueError, match="The source is pixel_values, so input_ids is not read"):
         model(input_ids=tokens(), **written)
 
 
@@ -297,3 +301,95 @@ def test_a_head_on_a_pretrained_encoder():
         build(FeedbackForObjectDetection, input_config=fields, is_causal=False)
     with pytest.raises(ValueError, match="encoder of an input of pretrained is the name of a checkpoint"):
         tiny(input_config="pretrained")
+
+
+# What a review found
+
+
+def test_a_frozen_encoder_stays_frozen_when_it_is_loaded(tmp_path):
+    fields = {"type": "pretrained", "encoder": tiny_encoders()["text"]}
+    model = build(FeedbackForSequenceClassification, input_config=fields, is_causal=False, num_labels=3)
+    model.save_pretrained(tmp_path)
+    loaded = FeedbackForSequenceClassification.from_pretrained(tmp_path).train()
+    assert not any(p.requires_grad for p in loaded.model.embeddings.encoder.parameters())
+    fresh = FeedbackModel(tiny(input_config=fields, is_causal=False))
+    assert not fresh.embeddings.encoder.training
+    fields["trained"] = True
+    trained = build(FeedbackForSequenceClassification, input_config=fields, is_causal=False, num_labels=3).train()
+    trained(tokens(), labels=torch.tensor([0, 1])).loss.backward()
+    encoder = trained.model.embeddings.encoder
+    assert not [name for name, p in encoder.named_parameters() if p.grad is None], "a pooler would wait in vain"
+
+
+def test_a_language_model_does_not_read_what_it_should_predict():
+    fields = {"type": "pretrained", "encoder": tiny_encoders()["text"]}
+    with pytest.raises(ValueError, match="reads input_ids: set input_config='tokens', not 'pretrained'"):
+        build(FeedbackForMaskedLM, input_config=fields, is_causal=False)
+    with pytest.raises(ValueError, match="A pretrained encoder, which reads both sides, needs is_causal=False"):
+        tiny(input_config=fields)
+    with pytest.raises(ValueError, match="A t5 is no encoder with one hidden_size"):
+        tiny(input_config={"type": "pretrained", "encoder": {"model_type": "t5"}}, is_causal=False)
+
+
+def test_fields_of_an_input_that_stand_alone_are_refused():
+    with pytest.raises(ValueError, match="patch_size is a field of input_config: give input_config="):
+        FeedbackConfig(input_config="images", patch_size=8)
+    with pytest.raises(ValueError, match="patch_size is a field of input_config"):
+        FeedbackConfig(is_encoder_decoder=True, source_config="images", patch_size=8)
+
+
+def test_an_input_can_be_changed_on_a_config(tmp_path):
+    config = tiny(input_config={"type": "images", "num_channels": 1}, is_causal=False)
+    config.input_config = {"patch_size": 2}
+    assert config.input_config.to_dict() == {**IMAGES, "positions": "grid"}
+    config.save_pretrained(tmp_path)
+    loaded = FeedbackConfig.from_pretrained(tmp_path, input_config={"patch_size": 8})
+    assert (loaded.input_config.patch_size, loaded.input_config.num_channels) == (8, 1)
+    with pytest.raises(ValueError, match="Unknown field 'patch'"):
+        config.input_config = {"patch": 2}
+
+
+def test_a_source_refuses_what_it_does_not_read():
+    model, image = captioner(), torch.randn(1, 1, 8, 8)
+    with pytest.raises(ValueError, match="The source is pixel_values, so input_ids is not read: leave it out"):
+        model(pixel_values=image, input_ids=tokens(1), labels=tokens(1, 4))
+    with pytest.raises(ValueError, match="A source of values takes past_values, which this class does not read yet"):
+        captioner(source_config="values")
+    embeds, mask = torch.randn(1, 6, 32), torch.tensor([[1, 1, 1, 1, 0, 0]])
+    text = {"decoder_input_ids": tokens(1, 4)}
+    noise = torch.where(mask[..., None].bool(), embeds, torch.randn_like(embeds))
+    first, second = (model(inputs_embeds=x, attention_mask=mask, **text).logits for x in (embeds, noise))
+    assert_close(first, second, 1e-5)
+
+
+def test_a_mask_goes_with_states_of_a_pretrained_source():
+    fields = {"type": "pretrained", "encoder": tiny_encoders()["text"]}
+    model, mask = captioner(source_config=fields), torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+    source, written = tokens(2, 9), {"decoder_input_ids": tokens(2, 4)}
+    outputs = model(input_ids=source, attention_mask=mask, **written)
+    again = model(encoder_outputs=(outputs.encoder_last_hidden_state,), attention_mask=mask, **written)
+    assert_close(again.logits, outputs.logits, 1e-5)
+
+
+def test_places_along_time_do_not_go_on():
+    along = {"feedback_axis": "time", "feedback_type": "gru", "num_encoder_layers": 0, "decoder_type": "mlp"}
+    model = build(FeedbackForVideoClassification, input_config=VIDEOS, num_labels=3, **along)
+    state = model(torch.randn(2, 4, 1, 8, 8)).feedback_state
+    with pytest.raises(ValueError, match="set positions='none' in input_config"):
+        model(torch.randn(2, 4, 1, 8, 8), feedback_state=state)
+
+
+def test_half_precision_counts_pixels():
+    """Sizes and areas that float16 and bfloat16 can't hold."""
+    images = {"input_config": IMAGES | {"patch_size": 8}, "is_causal": False, "encoder_type": "cnn"}
+    model = build(FeedbackForImageToImage, **images, feedback_type="conv", decoder_type="mlp", num_feedback_steps=1)
+    pixels = torch.rand(1, 1, 320, 320)
+    asked = {"pixel_values": pixels, "labels": torch.zeros_like(pixels)}
+    assert_close(model.half()(**asked).loss.float(), model.float()(**asked).loss, 0.01)
+    assert image_sizes(pixels[..., :16, :257].bfloat16(), torch.ones(1, 16, 257)).tolist() == [[16, 257]]
+
+
+def test_convolutions_need_a_grid():
+    model = build(FeedbackModel, input_config=IMAGES, is_causal=False, feedback_type="conv")
+    with pytest.raises(ValueError, match="Convolutions read the grid of an image, which inputs_embeds do not have"):
+        model(inputs_embeds=torch.randn(1, 4, 32))

@@ -376,10 +376,21 @@ class FeedbackConfig(PreTrainedConfig):
         if vars(self).get("_post_init_done") and not known and not name.startswith("_"):
             self._refuse_misspelled({name: value})
             self._refuse_misplaced({name: value})
+        if vars(self).get("_post_init_done") and name in ("input_config", "source_config") and value is not None:
+            before = getattr(self, name)
+            if isinstance(value, dict) and "type" not in value and before is not None:
+                value = {**before.to_dict(), **value}
+            value = fields_of(value, name)
         super().__setattr__(name, value)
 
     def _read_flat(self, others: dict[str, Any]) -> dict[str, Any]:
         """Set input_config from the fields of 0.1.0; return the other arguments."""
+        if "embedding_type" not in others or self.input_config != "tokens":
+            name = next(name for name in FLAT_FIELDS if name in others)
+            raise ValueError(
+                f"{name} is a field of input_config: give "
+                f"input_config={{'type': 'images', {name!r}: {others[name]!r}}}, or source_config in the same way."
+            )
         logger.warning_once(
             "embedding_type, image_size, patch_size and num_channels are fields of input_config now, such as "
             'input_config={"type": "images", "patch_size": 4, "num_channels": 3}.'

@@ -144,6 +144,7 @@ class ContextMixin:
     config: Any
     loop: Any
     positions: Any
+    embeddings: Any
     embedding_proj: Any
     embedding_size: int
     first_position: int
@@ -193,6 +194,11 @@ class ContextMixin:
         if state is None:
             keeps = not self.has_attention and self.config.is_causal and not torch.compiler.is_compiling()
             return FeedbackCache() if cache is None and keeps else cache
+        if getattr(self.embeddings, "positions", None) is not None:
+            raise ValueError(
+                "The places of cells begin anew in each call: set positions='none' in input_config to go on from a "
+                "feedback_state along time."
+            )
         if self.has_attention or not self.config.is_causal:
             raise ValueError("feedback_state holds no keys and values, which attention reads: use past_key_values.")
         if cache is not None and cache.length > 0:

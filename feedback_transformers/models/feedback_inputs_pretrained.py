@@ -6,6 +6,7 @@ Shapes: B batch, S positions of the encoder, D hidden size.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +44,25 @@ class PretrainedFields(Fields):
             raise ValueError(
                 "encoder of an input of pretrained is the name of a checkpoint, or the config of one of transformers."
             )
-        self.built()
+        built = self.built()
+        if not hasattr(built, "hidden_size") or built.is_encoder_decoder or type(built) not in MODEL_MAPPING:
+            raise ValueError(
+                f"A {built.model_type} is no encoder with one hidden_size: give the config of another one, such as "
+                "its vision or text part."
+            )
 
     def built(self) -> PreTrainedConfig:
         """Return the encoder's config. Raises ValueError for types that AutoModel does not know."""
         values = {name: value for name, value in self.encoder.items() if name not in ("model_type", "dtype")}
         return AutoConfig.for_model(self.encoder["model_type"], **values)
+
+
+def without_pooler(make: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Return the model that `make` makes, without a pooler, whose weights would wait for a gradient in vain."""
+    try:
+        return make(*args, add_pooling_layer=False, **options)
+    except TypeError:  # it has none
+        return make(*args, **options)
 
 
 class PretrainedInput(Input):
@@ -67,17 +81,18 @@ class PretrainedInput(Input):
     def __init__(self, config: Any, fields: PretrainedFields) -> None:
         super().__init__(config, fields)
         encoder = fields.built()
-        self.encoder = AutoModel.from_config(encoder)
-        self.encoder.requires_grad_(fields.trained)
+        self.encoder = without_pooler(AutoModel.from_config, encoder)
         self.projection = nn.Linear(encoder.hidden_size, config.hidden_size)
+        self.train(False)
 
     def load_weights(self, name: Any, **options: Any) -> None:
         """Load the weights of the encoder from a checkpoint, a folder or a name on the Hub."""
-        loaded = AutoModel.from_pretrained(name, **options)
+        loaded = without_pooler(AutoModel.from_pretrained, name, **options)
         self.encoder.load_state_dict(loaded.state_dict())
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
+        self.encoder.requires_grad_(self.fields.trained)  # loading makes new parameters, which would learn
         if not self.fields.trained:
             self.encoder.eval()
         return self
@@ -86,6 +101,8 @@ class PretrainedInput(Input):
         """Encode raw data; attention_mask [B, S] tells the real ones, or those of the samples of a sound."""
         if attention_mask is not None and "attention_mask" in self.takes:
             raw["attention_mask"] = attention_mask
+        kind = self.encoder.dtype
+        raw = {name: x.to(kind) if x.is_floating_point() else x for name, x in raw.items()}
         with nullcontext() if self.fields.trained else torch.no_grad():
             states = self.encoder(**raw).last_hidden_state
         mask = attention_mask

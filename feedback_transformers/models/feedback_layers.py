@@ -262,6 +262,10 @@ class ConvLayer(nn.Module):
             inputs = inputs * context.mask[..., None]
         if self.causal:
             inputs = self.with_past(inputs, context)
+        elif self.axes > 1 and not context.grid:
+            raise ValueError(
+                "Convolutions read the grid of an image, which inputs_embeds do not have: give pixel_values."
+            )
         elif self.axes > 1:  # padding cells lie between those of a smaller image
             inputs = scatter(inputs, context.order).unflatten(1, context.grid)
         convolved = self.conv(inputs.movedim(-1, 1)).flatten(2).movedim(1, -1)

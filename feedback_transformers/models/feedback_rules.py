@@ -269,6 +269,8 @@ def combinations(config: Any) -> Iterator[str]:
             "share_encoder_decoder does not go with is_encoder_decoder, whose encoder reads another text: "
             "set one of them to False."
         )
+    if config.input_type == "pretrained":
+        yield from needs(config, "A pretrained encoder, which reads both sides,", is_causal=(False,))
     if config.source_config is not None and not config.is_encoder_decoder:
         yield "source_config is what the encoder of is_encoder_decoder=True reads: set that, or leave it out."
     if config.is_encoder_decoder and not config.is_causal:

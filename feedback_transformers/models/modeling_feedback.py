@@ -149,7 +149,8 @@ class FeedbackModel(ContextMixin, FeedbackPreTrainedModel):
 
         Raises ValueError unless one of both is given, and all of the data is this input's.
         """
-        first, given, instead = part.takes[0], dict[str, Tensor](), ""
+        first, instead = part.takes[0], ""
+        given: dict[str, Tensor] = {}
         for name, value in raw.items():
             if value is not None:
                 given[name] = value

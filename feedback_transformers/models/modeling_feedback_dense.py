@@ -6,13 +6,13 @@ Shapes: B batch, C channels, H height, W width, T cells, D hidden size, L classe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
+from transformers.loss.loss_for_object_detection import HungarianMatcher, ImageLoss
 
 from .configuration_feedback import FeedbackConfig
 from .feedback_calls import StatefulOutput, named_arguments
@@ -21,7 +21,8 @@ from .feedback_states import FeedbackState
 from .modeling_feedback_heads import FeedbackHead
 
 # Weights of the matching and of the loss, those of DETR (Carion et al. 2020, arXiv:2005.12872).
-DETR = {"class_cost": 1, "bbox_cost": 5, "giou_cost": 2, "bbox_loss_coefficient": 5, "giou_loss_coefficient": 2}
+COSTS = {"class_cost": 1, "bbox_cost": 5, "giou_cost": 2}
+WEIGHTS = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
 NOTHING = 0.1  # the weight of cells without an object
 
 
@@ -48,9 +49,9 @@ class FeedbackObjectDetectionOutput(StatefulOutput):
 def image_sizes(pixels: Tensor, pixel_mask: Tensor | None) -> Tensor:
     """Return height and width of each image of a padded batch, [B, 2], in pixels."""
     if pixel_mask is None:
-        return pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2)
+        return torch.tensor(pixels.shape[-2:], device=pixels.device).expand(len(pixels), 2)
     real = pixel_mask > 0
-    return torch.stack([real.any(2).sum(1), real.any(1).sum(1)], dim=1).to(pixels)
+    return torch.stack([real.any(2).sum(1), real.any(1).sum(1)], dim=1)
 
 
 class FeedbackForObjectDetection(FeedbackHead):
@@ -62,7 +63,7 @@ class FeedbackForObjectDetection(FeedbackHead):
 
     main_input_name = reads = "pixel_values"
     axes = 2
-    needs_grid = True
+    takes_encoders = False
     needs = {"is_causal": False}
     can_be_right = False
     accepts_loss_kwargs = False  # the loss is a mean over the images, which Trainer divides itself
@@ -148,18 +149,21 @@ class FeedbackForObjectDetection(FeedbackHead):
             classes = cast(int, self.config.num_labels)
             check_boxes(labels, len(y), classes)
             real = torch.ones(y.shape[:2], dtype=torch.bool, device=y.device) if mask is None else mask
-            settings = SimpleNamespace(**DETR, eos_coefficient=NOTHING, auxiliary_loss=False, num_labels=classes)
+            matcher = HungarianMatcher(**COSTS)
+            criterion = ImageLoss(matcher, classes, NOTHING, ["labels", "boxes"]).to(y.device)
 
             def units(y: Tensor) -> Tensor:
                 """Return the loss of each image, [B]."""
                 logits, boxes = self.predict(y).float(), self.boxes(y, references)
                 made = []
                 for row, objects in enumerate(labels):
-                    here = real[row]
-                    one = self.loss_function(
-                        logits[row, here][None], [objects], y.device, boxes[row, here][None], settings
-                    )
-                    made.append(one[0])
+                    here, count = real[row], max(1, len(objects["boxes"]))
+                    one = {"logits": logits[row, here][None], "pred_boxes": boxes[row, here][None]}
+                    pairs = matcher(one, [objects])
+                    # Not by `criterion` itself, which counts the boxes of all processes.
+                    parts = [criterion.get_loss(name, one, [objects], pairs, count) for name in criterion.losses]
+                    found = {name: value for part in parts for name, value in part.items()}
+                    made.append(sum(weight * found[name] for name, weight in WEIGHTS.items()))
                 return torch.stack(made)
 
             losses = losses_of_units(units, real.any(1), read=lambda x: row_means(x, mask))
@@ -240,7 +244,7 @@ class FeedbackForImageToImage(FeedbackHead):
 
     main_input_name = reads = "pixel_values"
     axes = 2
-    needs_grid = True
+    takes_encoders = False
     needs = {"is_causal": False, "halting_measure": "state"}
     can_be_right = False
     accepts_loss_kwargs = False
@@ -278,14 +282,16 @@ class FeedbackForImageToImage(FeedbackHead):
         if pixel_mask is None:
             return enlarge(pixels)
         made = pixels.new_zeros(*pixels.shape[:2], scale * pixels.shape[2], scale * pixels.shape[3])
-        for row, (height, width) in enumerate(image_sizes(pixels, pixel_mask).long().tolist()):
+        for row, (height, width) in enumerate(image_sizes(pixels, pixel_mask).tolist()):
             image = pixels[row : row + 1, :, :height, :width]
             made[row, :, : scale * height, : scale * width] = enlarge(image)[0]
         return made
 
     def step_logit(self, y: Tensor, outputs: Any) -> Tensor:
         """Return the image of y [B, T, D], one of `outputs.feedback_states`: [B, C, s H, s W]."""
-        return outputs.base + self.change(y, outputs.grid, *outputs.base.shape[-2:]) * outputs.real[:, None]
+        return outputs.base + self.change(y, outputs.grid, *outputs.base.shape[-2:]) * outputs.real[:, None].to(
+            y.dtype
+        )
 
     @named_arguments
     def forward(
@@ -317,10 +323,10 @@ class FeedbackForImageToImage(FeedbackHead):
         pixels = self.model.embeddings.coloured(pixel_values, 1)
         base = self.enlarged(pixels, pixel_mask)
         y, grid, shape, loss = outputs.last_hidden_state, outputs.grid, tuple(base.shape[-2:]), None
-        real = torch.ones_like(base[:, 0])
+        real = torch.ones_like(base[:, 0], dtype=torch.float32)  # half precision can't count so far
         if pixel_mask is not None:
             scale = self.config.upscale
-            real = pixel_mask.to(base).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+            real = pixel_mask.float().repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         if labels is not None:
             if labels.shape != base.shape:
                 raise ValueError(
@@ -339,7 +345,7 @@ class FeedbackForImageToImage(FeedbackHead):
             loss = self.total_loss(losses, outputs)
         return FeedbackImageToImageOutput(
             loss=loss,
-            reconstruction=base + self.change(y, grid, *shape) * real[:, None],
+            reconstruction=base + self.change(y, grid, *shape) * real[:, None].to(y.dtype),
             hidden_states=outputs.hidden_states,
             feedback_states=outputs.feedback_states,
             num_feedback_steps=outputs.num_feedback_steps,

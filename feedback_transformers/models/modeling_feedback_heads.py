@@ -66,7 +66,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
     needs: dict[str, Any] = {}  # fields that the config must have
     reads = "input_ids"  # what its input takes
     axes = 1  # of the grid of its input
-    needs_grid = False  # whether it predicts something of every cell
+    takes_encoders = True  # whether its input may be a pretrained encoder, which has no grid and no table of tokens
     can_be_right = True  # whether a prediction is right or wrong, which halting of whole sequences learns
     embed_output: Callable[[Tensor], Tensor] | None = None  # y [B, T, D] -> its prediction, fed back; None for tokens
 
@@ -89,7 +89,7 @@ class FeedbackHead(FeedbackPreTrainedModel):
     def check_input(self, fields: Any) -> None:
         """Reject an input that does not take what this head is given."""
         part = INPUTS[fields.type]
-        grid = part.axes == self.axes or (part.axes == 0 and not self.needs_grid)
+        grid = part.axes == self.axes or (part.axes == 0 and self.takes_encoders)
         if part.takes_of(fields)[0] != self.reads or not grid:
             asked = self.reads, self.axes
             fit = " or ".join(repr(each) for each, part in INPUTS.items() if (part.takes[0], part.axes) == asked)
@@ -219,6 +219,7 @@ class FeedbackGenerationMixin(GenerationMixin):
 class FeedbackLMHead(FeedbackHead):
     """Read logits over the vocabulary."""
 
+    takes_encoders = False
     more_arguments = ("num_items_in_batch", "shift_labels", "ignore_index")
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.embed_tokens.weight"}
 

@@ -78,7 +78,9 @@ class SourceEncoder:
         **kwargs: Any,
     ) -> SourceOutput:
         source, given = self.model.source, {"input_ids": input_ids, **kwargs}
-        if source.axes != 1 and "attention_mask" not in source.takes:  # generate() makes one of whatever is given
+        if (
+            source.axes != 1 and "attention_mask" not in source.takes and inputs_embeds is None
+        ):  # generate() makes one of whatever is given
             attention_mask = None
         raw = {name: given.get(name) for name in source.takes if name != "attention_mask"}
         embedded, encoded, mask = self.model.encode_source(attention_mask, inputs_embeds, **raw)
@@ -100,6 +102,11 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
     def __init__(self, config: FeedbackConfig) -> None:
         super().__init__(config)
         self.main_input_name = self.model.source.takes[0]
+        if self.main_input_name not in ("input_ids", "pixel_values"):
+            raise ValueError(
+                f"A source of {config.source_type} takes {self.main_input_name}, which this class does not read yet: "
+                "use tokens or images."
+            )
 
     def get_encoder(self, modality: str | None = None) -> SourceEncoder:
         return SourceEncoder(self.model)
@@ -175,6 +182,10 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
             kwargs: `ignore_index`, -100 where left out.
         """
         if encoder_outputs is None:
+            raw = {"input_ids": input_ids, "pixel_values": pixel_values, "pixel_mask": pixel_mask}
+            for name, value in raw.items():
+                if value is not None and name not in self.model.source.takes:
+                    raise ValueError(f"The source is {self.main_input_name}, so {name} is not read: leave it out.")
             encoder_outputs = self.get_encoder()(
                 input_ids,
                 attention_mask,
@@ -184,8 +195,11 @@ class FeedbackForConditionalGeneration(FeedbackLMHead, FeedbackGenerationMixin):
                 pixel_mask=pixel_mask,
             )
         source = encoder_outputs[0]
-        if self.model.source.axes != 1:
-            attention_mask = getattr(encoder_outputs, "positions_mask", None)
+        known = getattr(encoder_outputs, "positions_mask", None)
+        if known is not None:
+            attention_mask = known
+        elif self.model.source.axes != 1 and attention_mask is not None and attention_mask.shape != source.shape[:2]:
+            attention_mask = None  # generate() makes one of whatever it is given
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             if labels is None:
                 raise ValueError("Give decoder_input_ids or labels: the target to score or to learn.")

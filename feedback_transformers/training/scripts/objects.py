@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 SHOWN = 5  # rows that an error names
 
 
-def class_names(dataset: DatasetDict, column: str, key: str) -> list[str]:
-    """Return the names of the classes of `objects`, sorted where the data does not number them."""
+def numbered_names(dataset: DatasetDict, column: str, key: str) -> list[str] | None:
+    """Return the names of the classes by their numbers, or None where the data names each object's class itself."""
     feature = next(iter(dataset.values())).features[column]
     kind = feature[key] if isinstance(feature, dict) else feature.feature[key]
     kind = getattr(kind, "feature", kind)
-    if hasattr(kind, "names"):
-        return list(kind.names)
+    return list(kind.names) if hasattr(kind, "names") else None
+
+
+def class_names(dataset: DatasetDict, column: str, key: str) -> list[str]:
+    """Return the names of the classes of `objects`, sorted where the data does not number them."""
+    if (names := numbered_names(dataset, column, key)) is not None:
+        return names
     found = {name for rows in dataset.values() for objects in rows[column] for name in objects[key]}
     return [str(name) for name in sorted(found)]
 
@@ -53,6 +58,7 @@ class Boxes:
     column: str
     key: str
     drop: bool = False
+    numbered: list[str] | None = None  # names of the classes that the data numbers; None where it names them itself
     cut: int = 0
     dropped: list[str] = field(default_factory=list)
 
@@ -78,7 +84,10 @@ class Boxes:
                 self.dropped.append(f"{where}: {x:g}, {y:g}, {wide:g} x {high:g}")
                 continue
             self.cut += (left, top, right, bottom) != (x, y, x + wide, y + high)
-            number = name if isinstance(name, int) else self.names.index(str(name))
+            told = str(name) if self.numbered is None else self.numbered[name]
+            if told not in self.names:
+                raise ValueError(f"{where} has the class {told!r}; the model knows {', '.join(self.names)}.")
+            number = self.names.index(told)
             box = [left, top, right - left, bottom - top]
             found.append({"bbox": box, "category_id": number, "area": box[2] * box[3], "iscrowd": 0})
         return found
