@@ -303,7 +303,7 @@ def test_a_head_on_a_pretrained_encoder():
         tiny(input_config="pretrained")
 
 
-# What a review found
+# What is frozen, refused, or too large for half precision
 
 
 def test_a_frozen_encoder_stays_frozen_when_it_is_loaded(tmp_path):

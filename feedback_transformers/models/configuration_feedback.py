@@ -20,6 +20,8 @@ from .feedback_inputs import Fields
 from .feedback_modalities import FLAT_FIELDS, fields_of, from_flat
 from .feedback_names import (
     CHOICES,
+    OF_LAYERS,
+    OTHER_NAMES,
     REGISTERED,
     SOLVERS_IN_PASSES,
 )
@@ -44,31 +46,6 @@ MODELING = {
     "AutoModelForTimeSeriesPrediction": "modeling_feedback_series.FeedbackForTimeSeriesPrediction",
 }
 AUTO_MAP = {"AutoConfig": "configuration_feedback.FeedbackConfig", **MODELING}
-
-# Names of other configs for the same fields; an error tells ours.
-OTHER_NAMES = {
-    **dict.fromkeys(("num_layers", "n_layer", "n_layers"), "num_feedback_layers"),
-    **dict.fromkeys(("steps", "n_steps", "num_steps", "num_loops"), "num_feedback_steps"),
-    **dict.fromkeys(("num_heads", "n_head", "n_heads"), "num_attention_heads"),
-    **dict.fromkeys(("d_model", "n_embd", "dim"), "hidden_size"),
-    **dict.fromkeys(("n_kv_heads", "num_kv_heads"), "num_key_value_heads"),
-    **dict.fromkeys(("cell", "cell_type"), "feedback_type"),
-    **dict.fromkeys(("causal", "bidirectional"), "is_causal"),
-    "n_positions": "max_position_embeddings",
-    "vocabulary_size": "vocab_size",
-    "hidden_dropout_prob": "dropout",
-    "encoder": "encoder_type",
-    "decoder": "decoder_type",
-    **dict.fromkeys(("input_type", "inputs"), "input_config"),
-    "source_type": "source_config",
-    "halting_type": "halting",
-    "solver_iterations": "solver_steps",
-    "tie_embeddings": "tie_word_embeddings",
-    **{name: f"feedback_{name}" for name in ("axis", "signal", "connection", "interval", "noise")},
-}
-
-# Fields of transformer layers, even of families that lack them.
-OF_LAYERS = ("sliding_window", "layer_types", "rope_theta", "rope_scaling")
 
 
 def import_plugins() -> None:

@@ -73,6 +73,32 @@ SHARED_WITH_BACKBONE = (
 )
 
 
+# Names of other configs for the same fields; an error tells ours.
+OTHER_NAMES = {
+    **dict.fromkeys(("num_layers", "n_layer", "n_layers"), "num_feedback_layers"),
+    **dict.fromkeys(("steps", "n_steps", "num_steps", "num_loops"), "num_feedback_steps"),
+    **dict.fromkeys(("num_heads", "n_head", "n_heads"), "num_attention_heads"),
+    **dict.fromkeys(("d_model", "n_embd", "dim"), "hidden_size"),
+    **dict.fromkeys(("n_kv_heads", "num_kv_heads"), "num_key_value_heads"),
+    **dict.fromkeys(("cell", "cell_type"), "feedback_type"),
+    **dict.fromkeys(("causal", "bidirectional"), "is_causal"),
+    "n_positions": "max_position_embeddings",
+    "vocabulary_size": "vocab_size",
+    "hidden_dropout_prob": "dropout",
+    "encoder": "encoder_type",
+    "decoder": "decoder_type",
+    **dict.fromkeys(("input_type", "inputs"), "input_config"),
+    "source_type": "source_config",
+    "halting_type": "halting",
+    "solver_iterations": "solver_steps",
+    "tie_embeddings": "tie_word_embeddings",
+    **{name: f"feedback_{name}" for name in ("axis", "signal", "connection", "interval", "noise")},
+}
+
+# Fields of transformer layers, even of families that lack them.
+OF_LAYERS = ("sliding_window", "layer_types", "rope_theta", "rope_scaling")
+
+
 def model_type_of(backbone: Any, known: tuple[str, ...] = (*BACKBONE_TYPES, *BOTH_SIDES)) -> str:
     """Return the family that a backbone_config, as a dictionary, names; raise ValueError for unknown ones."""
     if not isinstance(backbone, dict) or not all(isinstance(name, str) for name in backbone):
