@@ -284,7 +284,7 @@ def test_a_fresh_model_lets_no_row_leave():
 
 def test_heads_that_cannot_learn_it_refuse_it():
     fields = {**PRESETS["trm"], **SMALL, "pad_token_id": None}
-    with pytest.raises(ValueError, match="FeedbackForObjectDetection never wholly is: use 'position'"):
+    with pytest.raises(ValueError, match="a FeedbackForObjectDetection predicts numbers"):
         build(FeedbackForObjectDetection, **fields, input_config="images")
     model = build(FeedbackForSequenceClassification, **fields, num_labels=1).train()
     with pytest.raises(ValueError, match="learns whether a class is right"):

@@ -93,8 +93,8 @@ class FeedbackConfig(PreTrainedConfig):
         is_causal: whether a position sees only itself and earlier ones. Use `False` for masked language models and
             for classifiers that read both sides.
         input_config: what the model reads, as a type or as a dictionary of the type and its fields: `"tokens"`
-            (input_ids), `"images"` or `"videos"` (pixel_values), or `"values"` (past_values). `{"type": "images",
-            "patch_size": 8}` has the fields of ImageFields.
+            (input_ids), `"images"` or `"videos"` (pixel_values), `"values"` (past_values), or `"pretrained"`, an
+            encoder of transformers. `{"type": "images", "patch_size": 8}` has the fields of ImageFields.
         source_config: what the encoder of a sequence-to-sequence model reads, in the same way; `None` takes tokens of
             the target's vocabulary.
         embedding_scale: factor of the embeddings.

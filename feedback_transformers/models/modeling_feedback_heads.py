@@ -81,8 +81,8 @@ class FeedbackHead(FeedbackPreTrainedModel):
         self.check_input(config.input_config)
         if config.halting_scope == "sequence" and not self.can_be_right:
             raise ValueError(
-                f"halting_scope='sequence' learns whether an answer is right, which that of a {type(self).__name__} "
-                "never wholly is: use 'position'."
+                f"halting_scope='sequence' learns whether an answer is right, and a {type(self).__name__} predicts "
+                "numbers, which are never quite right: use halting_scope='position'."
             )
         self.model = FeedbackModel(config)
 

@@ -54,7 +54,7 @@ class FeedbackForVideoClassification(FeedbackForImageClassification):
     """Classify videos, pixel_values [B, F, C, H, W] with a pixel_mask [B, F, H, W].
 
     In depth all frames are looked at together, several times. Along time a model reads frame by frame, and a call goes
-    on from the `feedback_state` of the frames before.
+    on from the `feedback_state` of the frames before, with `positions="none"` in `input_config`.
     """
 
     axes = 3

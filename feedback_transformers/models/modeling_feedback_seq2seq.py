@@ -78,9 +78,8 @@ class SourceEncoder:
         **kwargs: Any,
     ) -> SourceOutput:
         source, given = self.model.source, {"input_ids": input_ids, **kwargs}
-        if (
-            source.axes != 1 and "attention_mask" not in source.takes and inputs_embeds is None
-        ):  # generate() makes one of whatever is given
+        reads_mask = source.axes == 1 or "attention_mask" in source.takes or inputs_embeds is not None
+        if not reads_mask:  # generate() makes one of whatever it is given
             attention_mask = None
         raw = {name: given.get(name) for name in source.takes if name != "attention_mask"}
         embedded, encoded, mask = self.model.encode_source(attention_mask, inputs_embeds, **raw)
